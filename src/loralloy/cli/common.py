@@ -1,0 +1,66 @@
+"""Options that several commands share, and how they turn into objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from ..errors import LoralloyError
+
+if TYPE_CHECKING:
+    from ..base_ref import BaseRef
+    from ..merging.merge import Rank
+
+BANK = "examples/bank"
+INDEX = ".assets/index"
+MODEL = ".assets/models/SmolLM2-135M-Instruct"
+
+BankOption = Annotated[str, typer.Option("--bank", envvar="LORALLOY_BANK", help="Folder of adapters.")]
+IndexOption = Annotated[str, typer.Option("--index", envvar="LORALLOY_INDEX", help="Index made by `loralloy index`.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", envvar="LORALLOY_MODEL", help="Base model: a folder, or org/name@revision.")
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto takes the faster here.")]
+SameBase = Annotated[bool, typer.Option("--assume-same-base", help="Skip the check that adapters are of one base model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+K = Annotated[int, typer.Option("--k", help="Nearest examples that vote.")]
+P = Annotated[float, typer.Option("--p", help="Nucleus: keep the fewest tasks whose weights reach p.")]
+Kernel = Annotated[str, typer.Option(help="exp (the paper's), inverse or uniform.")]
+Temperature = Annotated[float, typer.Option(help="Temperature of the kernel; 1 is the paper's.")]
+OptionalPath = Optional[Path]  # noqa: UP045 - typer evaluates this at run time on Python 3.10
+
+
+def parse_rank(text: str | None) -> Rank | None:
+    """--rank: a number, max or full."""
+    if text is None or text in ("max", "full"):
+        return text  # type: ignore[return-value]
+    try:
+        return int(text)
+    except ValueError:
+        raise LoralloyError(f"--rank {text!r} is not valid; give a positive number, max or full") from None
+
+
+def parse_dtype(text: str | None) -> Any:
+    """--dtype of stored adapters: fp16, bf16 or fp32."""
+    import torch
+
+    known = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    if text is None:
+        return None
+    if text not in known:
+        raise LoralloyError(f"--dtype {text!r} is not known; choose fp16, bf16 or fp32")
+    return known[text]
+
+
+def load_model(model: str, dtype: str) -> tuple[Any, Any, BaseRef]:
+    """The base model, its tokenizer, and what it is."""
+    from ..base_ref import BaseRef
+    from ..console import console
+    from ..live.base import base_fingerprint, load_base, parse_ref
+
+    with console.status("loading the base model"):
+        loaded, tokenizer = load_base(model, dtype)
+        name, revision = parse_ref(model)
+        return loaded, tokenizer, BaseRef(name, revision, base_fingerprint(loaded))

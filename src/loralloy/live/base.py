@@ -1,0 +1,171 @@
+"""The base model: loaded from a folder or a pinned hub revision, in a dtype that is fast here, known by its weights."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoralloyError
+
+FINGERPRINT = "bf16-sampled-v1"
+_SAMPLES = 4096  # elements a tensor; enough that two trainings of one architecture cannot agree by chance
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def parse_ref(ref: str) -> tuple[str, str | None]:
+    """``org/name@rev`` -> ``("org/name", "rev")``; a folder, or a ref without ``@``, has revision None.
+
+    Raises LoralloyError for an empty name or revision.
+    """
+    if Path(ref).is_dir() or "@" not in ref:
+        if not ref:
+            raise LoralloyError("the model is empty; give a folder or a hub id such as org/name@revision")
+        return ref, None
+    name, _, revision = ref.rpartition("@")
+    if not name or not revision:
+        raise LoralloyError(f"{ref!r}: expected org/name@revision with neither side empty")
+    return name, revision
+
+
+def pick_device(device: str = "auto") -> Any:
+    """The torch.device for "auto" (CUDA, else MPS, else CPU) or for a given name."""
+    import torch
+
+    if device != "auto":
+        try:
+            chosen = torch.device(device)
+        except RuntimeError as error:
+            raise LoralloyError(f"device {device!r} is not one torch knows; use auto, cpu, cuda or cuda:N") from error
+        if chosen.type == "cuda" and not torch.cuda.is_available():
+            raise LoralloyError(f"device {device!r}: torch sees no CUDA GPU here; use --device cpu")
+        return chosen
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@functools.cache
+def _fast_cpu_dtype() -> str:
+    """bfloat16 only where the processor is fast at it (AMX, AVX512-BF16): elsewhere torch emulates it slowly.
+
+    Measured, because the flags do not tell what torch's build makes of them. The shapes are an MLP's: milliseconds.
+    """
+    import torch
+
+    seconds = {}
+    with torch.no_grad():
+        for name in ("float32", "bfloat16"):
+            x = torch.ones(256, 576, dtype=getattr(torch, name))
+            w = torch.ones(1536, 576, dtype=getattr(torch, name))
+            torch.nn.functional.linear(x, w)  # the first call picks and compiles kernels
+            runs = []
+            for _ in range(3):  # the best of three: another job may hold the core during one
+                start = time.perf_counter()
+                torch.nn.functional.linear(x, w)
+                runs.append(time.perf_counter() - start)
+            seconds[name] = min(runs)
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def pick_dtype(dtype: str, device: Any) -> Any:
+    """The torch.dtype for "auto" (bfloat16 on an accelerator; on a CPU whichever of bfloat16 and float32 is faster)."""
+    import torch
+
+    if dtype not in _DTYPES:
+        raise LoralloyError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
+    if dtype == "auto":
+        dtype = _fast_cpu_dtype() if device.type == "cpu" else "bfloat16"
+    return getattr(torch, dtype)
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or (os.sep != "/" and os.sep in name)
+
+
+def load_base(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer for inference: ``(model.eval(), tokenizer)``.
+
+    model: a folder in transformers' format, or a hub id ``org/name@revision`` (HF_HUB_OFFLINE is respected; only
+    safetensors are read, never a pickle). dtype: "auto", "float32", "bfloat16" or "float16" (see :func:`pick_dtype`).
+    The tokenizer pads on the left and always has a pad token.
+
+    Raises LoralloyError when the folder or the hub revision is missing or is no model, with the way to get it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name, revision = parse_ref(str(model))
+    target = pick_device(device)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise LoralloyError(
+                f"{folder} has no config.json, so it is no transformers model; `make setup` builds the demo's"
+            )
+        name = str(folder)
+    elif _looks_like_path(name):
+        raise LoralloyError(
+            f"{name}: no such model folder; `make setup` makes .assets/models/SmolLM2-135M-Instruct, "
+            "or give a hub id such as org/name@revision"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=pick_dtype(dtype, target), use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = f"{name}@{revision}" if revision else name
+        raise LoralloyError(
+            f"cannot load the model {where}: {first} (check the id and revision; offline, it must be in the Hugging "
+            "Face cache already, or pass a folder: `make setup` makes the demo's)"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise LoralloyError(f"the tokenizer of {name} has neither a pad nor an eos token; set one in its config")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return loaded.to(target).eval(), tokenizer
+
+
+def _base_parameters(model: Any) -> Iterator[tuple[str, Any]]:
+    """The base's own parameters under their plain names, whatever PEFT has wrapped around them; tied ones once."""
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if any(part.startswith("lora_") or part == "modules_to_save" for part in parts):
+            continue
+        if parts[:2] == ["base_model", "model"]:
+            parts = parts[2:]
+        yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), parameter
+
+
+def base_fingerprint(model: Any) -> str:
+    """``bf16-sampled-v1:<sha256>`` of a base's weights: the same however it was loaded, different after any training.
+
+    Over the sorted parameters: name, shape and up to 4096 evenly strided elements, cast to bfloat16. A bfloat16
+    checkpoint therefore has one fingerprint in bfloat16 and float32; a LoRA adapter on top (PEFT) does not change it.
+    Raises LoralloyError for weights that are not loaded (meta device) or are quantised.
+    """
+    import torch
+
+    digest, samples = hashlib.sha256(), []
+    for name, parameter in sorted(_base_parameters(model), key=lambda item: item[0]):
+        if parameter.device.type == "meta" or not parameter.is_floating_point():
+            kind = "not loaded" if parameter.device.type == "meta" else f"{parameter.dtype}, quantised"
+            raise LoralloyError(
+                f"parameter {name} is {kind}: load the base in bfloat16 or float32 to compare fingerprints"
+            )
+        flat = parameter.detach().reshape(-1)
+        samples.append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16))
+        digest.update(f"{name} {list(parameter.shape)}\n".encode())
+    if not samples:
+        raise LoralloyError("the model has no parameters to take a fingerprint of")
+    if len({s.device for s in samples}) > 1:
+        samples = [s.cpu() for s in samples]
+    # One transfer for the whole model: a copy for each tensor would wait on the GPU hundreds of times.
+    digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
+    return f"{FINGERPRINT}:{digest.hexdigest()}"

@@ -1,0 +1,206 @@
+"""Compositions inside a running model: each row of a batch has its own weights, nothing is merged.
+
+For row b of a batch and a module with adapters i = 1..n,
+
+    y_b = W0 x_b + sum_i w_bi s_i B_i A_i x_b = W0 x_b + B_cat ((w_b (x) 1_r) * (A_cat x_b)),
+
+two thin matrix products and one broadcast multiply in r-space, whatever the number of different compositions in the
+batch. It is exact: the result equals a model with the merged adapter `linear` in delta space, row by row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base_ref import BaseRef, compare
+from ..errors import LoralloyError
+from ..factors import LoraFactors
+from ..weights import Weights
+
+if TYPE_CHECKING:
+    from ..bank import Bank
+
+
+class _Module:
+    """The stacked factors of one module of the base, and the hook that adds their weighted output."""
+
+    def __init__(self, name: str, target: nn.Module, factors: Mapping[str, LoraFactors], names: Sequence[str]) -> None:
+        parts = list(factors.values())
+        weight = target.weight
+        dtype, device = weight.dtype, weight.device
+        if not dtype.is_floating_point:  # a quantised base computes in the dtype of its input
+            dtype = torch.float32
+        self.name, self.kind = name, parts[0].kind
+        # The root of the scaling goes to each side, so that 16-bit factors neither over- nor underflow.
+        wide = [(f.A.float() * abs(f.scaling) ** 0.5, f.B.float() * abs(f.scaling) ** 0.5, f.scaling) for f in parts]
+        self.A = torch.cat([a if s >= 0 else -a for a, _, s in wide], 0).to(device, dtype)  # [R, in, ...]
+        self.B = torch.cat([b for _, b, _ in wide], 1).to(device, dtype)  # [out, R, ...]
+        if not (bool(torch.isfinite(self.A).all()) and bool(torch.isfinite(self.B).all())):
+            raise LoralloyError(f"module {name!r}: the factors overflow the model's dtype {dtype}; load the model in float32")
+        # column of A_cat -> index of its adapter, so that a row's weights spread to its R coefficients by one gather
+        owner = [names.index(n) for n, f in factors.items() for _ in range(f.rank)]
+        self.owner = torch.tensor(owner, device=device)
+        self.coefficients: Tensor | None = None  # [rows, R] or [1, R]
+
+    def set(self, rows: Tensor) -> None:
+        """rows [b, n] of weights -> coefficients [b, R] (or [1, R] when all rows agree), None when all are zero."""
+        spread = rows.to(self.owner.device)[:, self.owner]
+        if spread.shape[0] > 1 and bool((spread == spread[:1]).all()):
+            spread = spread[:1]
+        self.coefficients = spread if bool((spread != 0).any()) else None
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.coefficients is None:
+            return None
+        x = args[0]
+        c = self.coefficients
+        if c.shape[0] not in (1, x.shape[0]):
+            raise LoralloyError(
+                f"weights are set for {c.shape[0]} rows but the batch has {x.shape[0]}; give one weight a row, or one for all"
+            )
+        if self.kind == "embedding":
+            inner = self.A.T[x] * getattr(module, "embed_scale", 1.0)  # [b, l, R]; Gemma scales its embeddings
+        elif self.kind == "conv":
+            assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            inner = module._conv_forward(x.to(self.A.dtype), self.A, None)  # [b, R, ...]
+            inner = inner * c.to(inner.dtype).reshape(c.shape + (1,) * (inner.ndim - 2))
+            return output + _pointwise(inner, self.B).to(output.dtype)
+        else:
+            inner = x.to(self.A.dtype) @ self.A.T  # [b, ..., R]
+        inner = inner * c.to(inner.dtype).reshape(c.shape[0], *([1] * (inner.ndim - 2)), c.shape[1])
+        return output + (inner @ self.B.T).to(output.dtype)
+
+
+def _pointwise(x: Tensor, b: Tensor) -> Tensor:
+    """The 1x1 convolution with b [out, R, 1, ...] on x [b, R, ...]."""
+    return (x.movedim(1, -1) @ b.flatten(1).T).movedim(-1, 1)
+
+
+class LiveModel:
+    """A base model with a bank composed into it, each row of a batch by its own weights.
+
+    >>> live = LiveModel(model, bank)                                    # doctest: +SKIP
+    >>> with live.compose([Weights({"a": 0.7, "b": 0.3}), Weights({"c": 1.0})]):
+    ...     logits = model(**batch_of_two_rows).logits
+
+    Outside `compose` the model is the plain base. `remove()` takes the hooks out again.
+
+    Args:
+        model: a transformers model (any module tree whose module names match the adapters').
+        bank: adapters of that model.
+        base: what the loaded model is, where known (see `loralloy.live.base.base_fingerprint`); it is checked against
+            the bank's.
+        assume_same_base: skip that check.
+
+    Raises LoralloyError for another base model, a module the model does not have, shapes that do not fit, a convolution
+    with groups, and adapters with fully saved modules (heads), which cannot be mixed by row.
+    """
+
+    def __init__(self, model: nn.Module, bank: Bank, base: BaseRef | None = None, assume_same_base: bool = False) -> None:
+        if base is not None and not (assume_same_base or bank.assume_same_base):
+            verdict, why = compare(bank.base, base)
+            if verdict != "same":
+                said = "but the loaded model is" if verdict == "different" else "and it cannot be told whether that is"
+                raise LoralloyError(
+                    f"the bank's adapters are of {bank.base}, {said} {base}: {why}; load the model the adapters were "
+                    "trained on, or pass --assume-same-base"
+                )
+        for adapter in bank.values():
+            if adapter.extra:
+                raise LoralloyError(
+                    f"adapter {adapter.name!r} saved whole modules ({adapter.extra[0]}), which cannot be mixed row by row; "
+                    "leave it out of the bank, or load it alone with PEFT"
+                )
+        self.model, self.bank, self.names = model, bank, bank.names
+        self._modules: dict[str, _Module] = {}
+        self._handles: list[Any] = []
+        found = dict(model.named_modules())
+        for name in bank.modules:
+            factors = bank.factors(name)
+            owner = next(iter(factors))
+            if name not in found:
+                raise LoralloyError(
+                    f"adapter {owner!r} has module {name!r}, which the model does not; it is not of this base model"
+                )
+            try:
+                _check_fit(found[name], next(iter(factors.values())))
+            except LoralloyError as error:
+                raise error.within(f"module {name!r} of adapter {owner!r}") from None
+            self._modules[name] = _Module(name, found[name], factors, self.names)
+        try:
+            for name, part in self._modules.items():
+                self._handles.append(found[name].register_forward_hook(part.hook))
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def set(self, weights: Weights | Sequence[Weights] | None) -> None:
+        """Set one composition for all rows, one for each row of the next batches, or None for the plain base."""
+        if weights is None:
+            for part in self._modules.values():
+                part.coefficients = None
+            return
+        rows = [weights] if isinstance(weights, Weights) else list(weights)
+        if not rows:
+            raise LoralloyError("no weights given; give one composition, or one a row")
+        for row in rows:
+            for name in row.names:
+                if name not in self.names:
+                    raise LoralloyError(f"weights name adapter {name!r}, which is not in the bank ({', '.join(self.names)})")
+        if any(row.per_module for row in rows):
+            for name, part in self._modules.items():
+                part.set(torch.tensor([[row.of(n, name) for n in self.names] for row in rows]))
+        else:
+            table = torch.tensor([[row.of(n) for n in self.names] for row in rows])
+            for part in self._modules.values():
+                part.set(table)
+
+    @contextlib.contextmanager
+    def compose(self, weights: Weights | Sequence[Weights] | None) -> Iterator[nn.Module]:
+        """The model under these weights inside the block; whatever was set before is set again after it."""
+        before = {name: part.coefficients for name, part in self._modules.items()}
+        self.set(weights)
+        try:
+            yield self.model
+        finally:
+            for name, part in self._modules.items():
+                part.coefficients = before[name]
+
+    def remove(self) -> None:
+        """Take the hooks out: the model is the plain base again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _check_fit(module: nn.Module, factors: LoraFactors) -> None:
+    """Raise LoralloyError unless the factors fit this module of the base."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise LoralloyError(f"the model has a {type(module).__name__} there, which has no weight to adapt")
+    if factors.kind == "conv":
+        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            raise LoralloyError(f"the adapter has convolution factors, the model a {type(module).__name__}")
+        if module.groups != 1:
+            raise LoralloyError("convolutions with groups cannot be composed; leave this module out of the adapter")
+        have, want = tuple(weight.shape), (factors.B.shape[0], *factors.A.shape[1:])
+    elif factors.kind == "embedding":
+        have, want = tuple(weight.shape), factors.shape[::-1]
+    elif isinstance(module, nn.Linear):
+        have, want = (module.out_features, module.in_features), factors.shape
+    elif type(module).__name__ == "Conv1D":  # GPT-2's linear layer, stored transposed (fan_in_fan_out)
+        have, want = tuple(weight.shape), factors.shape[::-1]
+    else:
+        raise LoralloyError(f"the model has a {type(module).__name__} there, which is not a linear, embedding or convolution")
+    if tuple(have) != tuple(want):
+        hint = " (tokens were added to one of them?)" if factors.kind == "embedding" or "head" in type(module).__name__ else ""
+        raise LoralloyError(f"the adapter expects a weight of {list(want)}, the model has {list(have)}{hint}")
