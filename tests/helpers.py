@@ -30,7 +30,12 @@ def generator(seed: int) -> torch.Generator:
 
 
 def factors(
-    out: int = 12, inside: int = 9, rank: int = 4, seed: int = 0, scaling: float = 0.5, dtype: torch.dtype = torch.float32
+    out: int = 12,
+    inside: int = 9,
+    rank: int = 4,
+    seed: int = 0,
+    scaling: float = 0.5,
+    dtype: torch.dtype = torch.float32,
 ) -> LoraFactors:
     """Random factors, A [rank, inside] and B [out, rank]."""
     g = generator(seed)
@@ -51,7 +56,10 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def adapter(
-    parts: Mapping[str, LoraFactors], name: str = "a", base: BaseRef | None = None, extra: Mapping[str, Tensor] | None = None
+    parts: Mapping[str, LoraFactors],
+    name: str = "a",
+    base: BaseRef | None = None,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """An adapter in memory."""
     first = next(iter(parts.values()), None)
@@ -125,19 +133,19 @@ class Nest(nn.Module):
 # -- PEFT --------------------------------------------------------------------------------------------------------------
 
 
-def peft_model(base: nn.Module, seed: int = 0, *, name: str = BASE, spread: float = 0.3, **config: Any) -> Any:
+def peft_model(base: nn.Module, seed: int = 0, *, name: str = BASE, spread: float = 0.15, **config: Any) -> Any:
     """A PEFT model on a copy of `base` whose factors (B too) are random, so that dW is not zero."""
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        settings = LoraConfig(**{"r": 4, "lora_alpha": 8, "base_model_name_or_path": name, **config})
-        model = get_peft_model(copy.deepcopy(base), settings)
+        model = get_peft_model(copy.deepcopy(base), LoraConfig(**{"r": 4, "lora_alpha": 8, **config}))
+    model.peft_config["default"].base_model_name_or_path = name
     randomise(model, seed, spread)
     return model.eval()
 
 
-def randomise(model: Any, seed: int, spread: float = 0.3, adapter: str = "default") -> None:
+def randomise(model: Any, seed: int, spread: float = 0.15, adapter: str = "default") -> None:
     """Fill every LoRA factor of one adapter with random numbers."""
     g = generator(seed)
     with torch.no_grad():
@@ -204,6 +212,11 @@ def silence() -> Iterator[None]:
         for logger in loggers:
             logger.removeHandler(ear)
     assert not said, f"expected silence, heard: {said}"
+
+
+def close(got: Tensor, want: Tensor, within: float = 1e-5) -> bool:
+    """Whether two float32 outputs agree to `within`, relative to the largest."""
+    return got.shape == want.shape and float((got - want).abs().max()) <= within * max(1.0, float(want.abs().max()))
 
 
 def logits(model: Callable[..., Any], ids: Tensor, **more: Any) -> Tensor:

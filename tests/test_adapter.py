@@ -9,14 +9,29 @@ from dataclasses import replace
 import pytest
 import safetensors
 import torch
-from helpers import (
-    BASE, PROJECTIONS, ConvNet, Nest, adapter, as_weight, delta, factors, load_in_peft, logits, peft_deltas, peft_folder,
-    peft_model, relative, tiny_gpt2, tiny_llama,
-)  # fmt: skip
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from helpers import (
+    BASE,
+    PROJECTIONS,
+    ConvNet,
+    Nest,
+    adapter,
+    as_weight,
+    close,
+    delta,
+    factors,
+    load_in_peft,
+    logits,
+    peft_deltas,
+    peft_folder,
+    peft_model,
+    relative,
+    tiny_gpt2,
+    tiny_llama,
+)
 from loralloy.adapter import Adapter
 from loralloy.adapter_config import AdapterConfig
 from loralloy.base_ref import BaseRef
@@ -25,26 +40,30 @@ from loralloy.factors import LoraFactors
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 VARIANTS = {
-    "plain": dict(target_modules=PROJECTIONS),
-    "two modules": dict(target_modules=["q_proj", "v_proj"], r=3, lora_alpha=7),
-    "rslora": dict(target_modules=PROJECTIONS, use_rslora=True, r=3, lora_alpha=5),
-    "rank_pattern": dict(
-        target_modules=PROJECTIONS, rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 7}, alpha_pattern={"v_proj": 3}
-    ),
-    "patterns as regex": dict(
-        target_modules=PROJECTIONS, use_rslora=True, rank_pattern={r"layers\.[0].*\.(q|k)_proj": 2, ".*(up|down)_proj": 5},
-        alpha_pattern={r".*layers\.1\..*": 1, "^model.layers.0.mlp.up_proj": 31},
-    ),
-    "regex targets": dict(target_modules=r".*layers\.1\..*\.(q_proj|down_proj)"),
-    "one layer": dict(target_modules=["q_proj"], layers_to_transform=[1]),
-    "layers_pattern": dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers"),
-    "exclude_modules": dict(target_modules=["q_proj", "v_proj"], exclude_modules=["layers.0.self_attn.v_proj"]),
-    "all-linear": dict(target_modules="all-linear", r=2),
-    "lm_head": dict(target_modules=["lm_head", "q_proj"]),
-    "embeddings": dict(target_modules=["embed_tokens", "q_proj"]),
-    "modules_to_save": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
-    "task type": dict(target_modules=["q_proj"], task_type="CAUSAL_LM"),
-}  # fmt: skip
+    "plain": {"target_modules": PROJECTIONS},
+    "two modules": {"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 7},
+    "rslora": {"target_modules": PROJECTIONS, "use_rslora": True, "r": 3, "lora_alpha": 5},
+    "rank_pattern": {
+        "target_modules": PROJECTIONS,
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7},
+        "alpha_pattern": {"v_proj": 3},
+    },
+    "patterns as regex": {
+        "target_modules": PROJECTIONS,
+        "use_rslora": True,
+        "rank_pattern": {r"layers\.[0].*\.(q|k)_proj": 2, ".*(up|down)_proj": 5},
+        "alpha_pattern": {r".*layers\.1\..*": 1, "^model.layers.0.mlp.up_proj": 31},
+    },
+    "regex targets": {"target_modules": r".*layers\.1\..*\.(q_proj|down_proj)"},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "layers_pattern": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "exclude_modules": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.v_proj"]},
+    "all-linear": {"target_modules": "all-linear", "r": 2},
+    "lm_head": {"target_modules": ["lm_head", "q_proj"]},
+    "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "task type": {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +88,17 @@ def test_peft_and_we_mean_the_same(variant, llama, tmp_path):
     assert set(back) == set(truth)
     for module, want in truth.items():
         assert relative(back[module], want) < 1e-6, module
-    assert torch.allclose(logits(again, IDS), logits(peft, IDS), atol=1e-5)
-    assert float((logits(peft, IDS) - logits(llama, IDS)).abs().max()) > 1e-2  # it could have failed
+    assert close(logits(again, IDS), logits(peft, IDS))
+    assert float((logits(peft, IDS) - logits(llama, IDS)).abs().max()) > 1e-3  # it could have failed
 
 
 def test_layer_one_is_not_layer_eleven(tmp_path):
     base = tiny_llama(layers=12, hidden=16)
-    config = dict(target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 2}, alpha_pattern={"layers.11.*": 3})
+    config = {
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+        "alpha_pattern": {"layers.11.*": 3},
+    }
     peft_folder(base, tmp_path / "a", 1, **config)
     loaded = Adapter.load(tmp_path / "a")
     assert {m.split(".")[2]: loaded.rank(m) for m in loaded} == {str(i): 2 if i == 1 else 4 for i in range(12)}
@@ -97,7 +120,7 @@ def test_a_module_whose_name_ends_anothers(tmp_path):
     x = torch.randn(3, 6)
     loaded.save(tmp_path / "both")
     with torch.no_grad():
-        assert torch.allclose(load_in_peft(base, tmp_path / "both")(x), peft(x), atol=1e-6)
+        assert close(load_in_peft(base, tmp_path / "both")(x), peft(x))
         only.save(tmp_path / "only")
         again = load_in_peft(base, tmp_path / "only")
     assert set(peft_deltas(again)) == {"lin"}
@@ -105,7 +128,7 @@ def test_a_module_whose_name_ends_anothers(tmp_path):
 
 def test_conv1d_of_gpt2(tmp_path):
     base = tiny_gpt2()
-    config = dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    config = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
     peft = peft_model(base, 1, **config)
     loaded = Adapter.load(peft_folder(base, tmp_path / "a", 1, **config))
     truth = peft_deltas(peft)
@@ -113,11 +136,11 @@ def test_conv1d_of_gpt2(tmp_path):
     for module, want in truth.items():
         assert relative(as_weight(loaded[module], fan_in_fan_out=True), want) < 1e-6
     loaded.save(tmp_path / "ours")
-    assert torch.allclose(logits(load_in_peft(base, tmp_path / "ours"), IDS), logits(peft, IDS), atol=1e-5)
+    assert close(logits(load_in_peft(base, tmp_path / "ours"), IDS), logits(peft, IDS))
 
 
 def test_convolutions(tmp_path):
-    base, config = ConvNet(), dict(target_modules=["one", "two", "point", "three", "out"])
+    base, config = ConvNet(), {"target_modules": ["one", "two", "point", "three", "out"]}
     peft = peft_model(base, 1, **config)
     loaded = Adapter.load(peft_folder(base, tmp_path / "a", 1, **config))
     truth = peft_deltas(peft)
@@ -128,7 +151,7 @@ def test_convolutions(tmp_path):
     loaded.save(tmp_path / "ours")
     x = torch.randn(4, 3, 8)
     with torch.no_grad():
-        assert torch.allclose(load_in_peft(base, tmp_path / "ours")(x), peft(x), atol=1e-5)
+        assert close(load_in_peft(base, tmp_path / "ours")(x), peft(x))
 
 
 # -- round trip --------------------------------------------------------------------------------------------------------
@@ -136,7 +159,10 @@ def test_convolutions(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_round_trip_to_the_bit(dtype, tmp_path):
-    parts = {f"layers.{i}.q_proj": factors(9, 7, r, i, s).to(dtype) for i, (r, s) in enumerate([(2, 0.3), (3, 2 / 3), (2, 0.3)])}
+    parts = {
+        f"layers.{i}.q_proj": factors(9, 7, r, i, s).to(dtype)
+        for i, (r, s) in enumerate([(2, 0.3), (3, 2 / 3), (2, 0.3)])
+    }
     extra = {"lm_head.weight": torch.randn(4, 3).to(dtype), "bn.num_batches_tracked": torch.tensor(70_000)}
     first = adapter(parts, extra=extra)
     first.save(tmp_path / "a")
@@ -166,7 +192,13 @@ def test_scaling_survives_the_round_trip(rank, alpha, rslora):
 
 
 def test_save_twice_keeps_the_hash_with_rslora_and_odd_ranks(llama, tmp_path):
-    config = dict(target_modules=PROJECTIONS, use_rslora=True, r=7, lora_alpha=11, rank_pattern={"q_proj": 3})
+    config = {
+        "target_modules": PROJECTIONS,
+        "use_rslora": True,
+        "r": 7,
+        "lora_alpha": 11,
+        "rank_pattern": {"q_proj": 3},
+    }
     first = Adapter.load(peft_folder(llama, tmp_path / "a", 1, **config))
     first.save(tmp_path / "b")
     second = Adapter.load(tmp_path / "b")
@@ -194,7 +226,7 @@ def test_content_hash_tells_adapters_apart():
 
 
 def test_opening_reads_no_tensor(llama, tmp_path, monkeypatch):
-    """The header alone gives names, shapes and ranks; a tensor is read when its module is asked for, and only that one."""
+    """The header alone gives names, shapes and ranks; a tensor is read when its module is asked for."""
     peft_folder(llama, tmp_path / "a", 1, target_modules=PROJECTIONS, rank_pattern={"q_proj": 2})
     read: list[str] = []
     opener = safetensors.safe_open
@@ -225,7 +257,9 @@ def test_header_keeps_where_it_came_from(tmp_path):
     first = Adapter("a", {"m": factors()}, AdapterConfig(4, 2.0), base, provenance=record, licence="apache-2.0")
     first.save(tmp_path / "a")
     second = Adapter.load(tmp_path / "a")
-    assert second.base == base and second.provenance["training"] == record["training"] and second.licence == "apache-2.0"
+    assert (
+        second.base == base and second.provenance["training"] == record["training"] and second.licence == "apache-2.0"
+    )
     with safetensors.safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
     second.save(tmp_path / "b")
@@ -234,7 +268,12 @@ def test_header_keeps_where_it_came_from(tmp_path):
 
 def test_what_lies_in_a_saved_folder(tmp_path):
     adapter({"m": factors()}).save(tmp_path / "a")
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["README.md", "a", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [
+        "README.md",
+        "a",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     with pytest.raises(LoralloyError, match=r"exists already.*--overwrite"):
         adapter({"m": factors()}).save(tmp_path / "a")
 
@@ -276,9 +315,14 @@ def write_diffusers(folder, keys, metadata=None):
 
 
 @pytest.mark.parametrize(
-    "form", ["{m}.lora_A.weight|{m}.lora_B.weight", "{m}.lora.down.weight|{m}.lora.up.weight",
-             "{m}_lora.down.weight|{m}_lora.up.weight", "{m}.lora_linear_layer.down.weight|{m}.lora_linear_layer.up.weight"],
-)  # fmt: skip
+    "form",
+    [
+        "{m}.lora_A.weight|{m}.lora_B.weight",
+        "{m}.lora.down.weight|{m}.lora.up.weight",
+        "{m}_lora.down.weight|{m}_lora.up.weight",
+        "{m}.lora_linear_layer.down.weight|{m}.lora_linear_layer.up.weight",
+    ],
+)
 def test_diffusers_form_is_converted(form, tmp_path):
     f = factors(rank=3, scaling=1.0)
     down, up = form.format(m="unet.down_blocks.0.attn.to_q").split("|")
@@ -295,7 +339,9 @@ def test_diffusers_alphas(tmp_path):
     keys = {f"{m}.lora.down.weight": f.A, f"{m}.lora.up.weight": f.B}
     write_diffusers(tmp_path / "a", keys | {f"{m}.alpha": torch.tensor(6.0)})
     assert Adapter.load(tmp_path / "a")[m].scaling == 2.0
-    write_diffusers(tmp_path / "b", keys, {"format": "pt", "lora_adapter_metadata": json.dumps({"unet.lora_alpha": 12})})
+    write_diffusers(
+        tmp_path / "b", keys, {"format": "pt", "lora_adapter_metadata": json.dumps({"unet.lora_alpha": 12})}
+    )
     assert Adapter.load(tmp_path / "b")[m].scaling == 4.0
 
 

@@ -1,4 +1,4 @@
-"""What cannot be composed right is refused, by a message with the adapter's name, the field or tensor, and the way out."""
+"""What cannot be composed right is refused: the message has the adapter's name, the field or tensor, the way out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 import torch
-from helpers import Nest, peft_folder, peft_model
 from safetensors.torch import load_file, save_file
 
+from helpers import Nest, peft_folder, peft_model
 from loralloy.adapter import Adapter
 from loralloy.adapter_config import AdapterConfig
 from loralloy.base_ref import BaseRef
@@ -125,12 +125,18 @@ TENSORS = [
     (lambda data: data.pop(B), ["'lin'", "no factor B", "incomplete", "fetch or save it again"]),
     (lambda data: data.pop(A), ["'lin'", "no factor A"]),
     (lambda data: data.clear(), ["no LoRA module"]),
-    (put("base_model.model.lin.lora_magnitude_vector", torch.ones(6)), ["lora_magnitude_vector", "DoRA", "use_dora=false"]),
+    (
+        put("base_model.model.lin.lora_magnitude_vector", torch.ones(6)),
+        ["lora_magnitude_vector", "DoRA", "use_dora=false"],
+    ),
     (put("base_model.model.lin.lora_B.bias", torch.ones(6)), ["lora_B.bias", "lora_bias=false"]),
     (put("base_model.model.lin.lora_C.weight", torch.ones(6)), ["lora_C.weight", "not a LoRA tensor"]),
-    (put("base_model.model.lin.lora_A.other.weight", torch.ones(4, 6)), ["'lin'", "two A factors", "save them one by one"]),
+    (
+        put("base_model.model.lin.lora_A.other.weight", torch.ones(4, 6)),
+        ["'lin'", "two A factors", "save them one by one"],
+    ),
     (put("base_model.model.lm_head.weight", torch.tensor([math.nan])), ["'lm_head.weight'", "NaN or infinity"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "says"), TENSORS, ids=[s[0] + s[1] if len(s) > 1 else s[0] for _, s in TENSORS])
@@ -189,7 +195,7 @@ def test_missing_files(folder, tmp_path):
     refused(folder, "holds no adapter_config.json", "alpha")
     (folder / "adapter_model.safetensors").unlink()
     refused(folder, "holds no adapter_model.safetensors", "not an adapter folder")
-    with pytest.raises(LoralloyError, match="adapter folder .* does not exist; give a folder, or a hub id"):
+    with pytest.raises(LoralloyError, match=r"adapter folder .* does not exist; give a folder, or a hub id"):
         Adapter.load(tmp_path / "nowhere" / "at" / "all")
 
 

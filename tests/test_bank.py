@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import adapter, factors
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import adapter, factors
 from loralloy.bank import Bank
 from loralloy.base_ref import BaseRef, compare
 from loralloy.errors import LoralloyError
@@ -91,7 +91,9 @@ def test_empty_bank(tmp_path):
 
 def test_shapes_must_agree_even_when_the_base_is_assumed():
     parts = [adapter({"m": factors(12, 9)}, "spam"), adapter({"m": factors(9, 12)}, "tone")]
-    with pytest.raises(LoralloyError, match=r"module 'm' is linear \[12, 9\] in adapter 'spam' but linear \[9, 12\] in 'tone'"):
+    with pytest.raises(
+        LoralloyError, match=r"module 'm' is linear \[12, 9\] in adapter 'spam' but linear \[9, 12\] in 'tone'"
+    ):
         Bank(parts, assume_same_base=True)
 
 
@@ -100,7 +102,11 @@ def test_resized_embeddings_are_detected(module):
     kind = "embedding" if "embed" in module else "linear"
 
     def of(vocab):
-        a, b = (torch.ones(2, vocab), torch.ones(8, 2)) if kind == "embedding" else (torch.ones(2, 8), torch.ones(vocab, 2))
+        a, b = (
+            (torch.ones(2, vocab), torch.ones(8, 2))
+            if kind == "embedding"
+            else (torch.ones(2, 8), torch.ones(vocab, 2))
+        )
         return {module: LoraFactors(a, b, 1.0, kind)}
 
     with pytest.raises(LoralloyError, match=f"module '{module}'.*resized vocabulary.*retrain or resize"):
@@ -124,13 +130,17 @@ def test_a_bad_adapter_in_the_folder_is_named(tmp_path):
     adapter({"m": factors()}).save(tmp_path / "good")
     adapter({"m": factors()}).save(tmp_path / "bad")
     (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"torn")
-    with pytest.raises(LoralloyError, match="adapter 'bad'.*torn or damaged"):
+    with pytest.raises(LoralloyError, match=r"adapter 'bad'.*torn or damaged"):
         Bank.load(tmp_path)
 
 
 def test_lookups():
     bank = Bank([adapter({"m": factors(), "n": factors()}, "spam"), adapter({"n": factors(rank=2)}, "tone")])
-    assert bank.modules == ["m", "n"] and set(bank.factors("m")) == {"spam"} and list(bank.factors("n")) == ["spam", "tone"]
+    assert (
+        bank.modules == ["m", "n"]
+        and set(bank.factors("m")) == {"spam"}
+        and list(bank.factors("n")) == ["spam", "tone"]
+    )
     with pytest.raises(LoralloyError, match="no adapter 'spa' in this bank; it has spam, tone"):
         bank["spa"]
     bank.check_weights(Weights({"spam": {"m": 1.0, "*": 0.5}, "tone": 2.0}))

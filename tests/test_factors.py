@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from helpers import dense_sum, factors, generator, relative
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import dense_sum, factors, generator, relative
 from loralloy import factors as algebra
 from loralloy.errors import LoralloyError
 from loralloy.factors import LoraFactors

@@ -6,8 +6,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import adapter, factors
 
+from helpers import adapter, factors
 from loralloy.adapter import Adapter
 from loralloy.errors import LoralloyError
 from loralloy.hub import parse_ref, resolve
@@ -31,7 +31,9 @@ def test_folders_win(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ref", ["./missing", "/no/such/folder", "justaname", "a/b/c", ""])
 def test_missing_folder(ref):
-    with pytest.raises(LoralloyError, match="adapter folder .* does not exist; give a folder, or a hub id as org/name@revision"):
+    with pytest.raises(
+        LoralloyError, match=r"adapter folder .* does not exist; give a folder, or a hub id as org/name@revision"
+    ):
         resolve(ref, "adapter")
 
 
@@ -47,7 +49,9 @@ def test_offline_is_said(monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline mode is on\nsecond line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(LoralloyError, match=r"adapter org/name@v1 is neither in the local hub cache nor downloadable .*offline"):
+    with pytest.raises(
+        LoralloyError, match=r"adapter org/name@v1 is neither in the local hub cache nor downloadable .*offline"
+    ):
         resolve("org/name@v1", "adapter")
 
 

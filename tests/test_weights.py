@@ -87,7 +87,7 @@ def test_missing_file_folder_and_no_overwrite(tmp_path):
     with pytest.raises(LoralloyError, match="weights file"):
         Weights.load(tmp_path)
     Weights({"a": 1}).save(tmp_path / "w.json")
-    with pytest.raises(LoralloyError, match="exists already.*--overwrite"):
+    with pytest.raises(LoralloyError, match=r"exists already.*--overwrite"):
         Weights({"a": 2}).save(tmp_path / "w.json")
     assert Weights.load(tmp_path / "w.json").of("a") == 1
     Weights({"a": 2}).save(tmp_path / "w.json", overwrite=True)

@@ -153,7 +153,8 @@ class Adapter(Mapping[str, LoraFactors]):
         try:
             return _load(folder, name)
         except LoralloyError as error:
-            raise (error if str(error).startswith(f"adapter {name!r}:") else error.within(f"adapter {name!r}")) from None
+            named = str(error).startswith(f"adapter {name!r}:")
+            raise (error if named else error.within(f"adapter {name!r}")) from None
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False, dtype: torch.dtype | None = None) -> None:
         """Write what PEFT, transformers and vLLM load: adapter_config.json, adapter_model.safetensors, README.md.
@@ -270,7 +271,7 @@ def _load(folder: Path, name: str) -> Adapter:
     where = layout(keys)
     if config is None and where.extra:
         stray = next(iter(where.extra.values()))
-        raise LoralloyError(f"tensor {stray!r} is not a LoRA factor (LoKr, LoHa?); only LoRA in diffusers' form can be read")
+        raise LoralloyError(f"tensor {stray!r} is not a LoRA factor (LoKr, LoHa?); only plain LoRA can be read")
     alphas = {module: float(handle.get_tensor(key)) for module, key in where.alphas.items()}
     factors = _LazyFactors(handle, where, config, alphas)
     for module in factors:

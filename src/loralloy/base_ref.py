@@ -25,7 +25,7 @@ class BaseRef:
     def __str__(self) -> str:
         name = self.name or "an unnamed base model"
         revision = f"@{self.revision}" if self.revision else ""
-        mark = f" [{self.fingerprint.rsplit(':', 1)[-1][:12]}]" if self.fingerprint else " [no fingerprint]"
+        mark = f" (fingerprint {self.fingerprint.rsplit(':', 1)[-1][:12]})" if self.fingerprint else " (no fingerprint)"
         return name + revision + mark
 
     def to_dict(self) -> dict[str, str | None]:

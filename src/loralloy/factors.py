@@ -133,7 +133,7 @@ def weighted_sum(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Lo
     _check_same_module(factors)
     if len(factors) != len(weights):
         raise LoralloyError(f"{len(factors)} adapters but {len(weights)} weights; give one weight an adapter")
-    dtype = compute_dtype(*(f.A for f in factors))
+    dtype = compute_dtype(*(t for f in factors for t in (f.A, f.B)))
     parts = [(f, w * f.scaling) for f, w in zip(factors, weights, strict=True) if w * f.scaling != 0]
     first = factors[0]
     if not parts:
@@ -144,27 +144,25 @@ def weighted_sum(factors: Sequence[LoraFactors], weights: Sequence[float]) -> Lo
     return first.with_matrices(a, b)
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """The SVD of dW in r-space: dW = (Q_b U) diag(S) (Q_a V)^T, with m = min(out, in, r) at most.
+class _Householder:
+    """The QR of x [m, n] with Q kept as reflectors: applying them to a few columns costs less than forming Q."""
 
-    Q_b [out, p], Q_a [in, q], U [p, m], S [m], V [q, m]; columns of Q_b U and Q_a V are orthonormal.
-    """
+    def __init__(self, x: Tensor) -> None:
+        self.q: Tensor | None = None
+        self.rows = x.shape[0]
+        if x.device.type == "mps":  # has no ormqr
+            self.q, self.r = torch.linalg.qr(x)
+        else:
+            reflectors, self.tau = torch.geqrf(x)
+            self.reflectors, self.r = reflectors[:, : self.tau.numel()], reflectors[: self.tau.numel()].triu()
 
-    q_b: Tensor
-    q_a: Tensor
-    u: Tensor
-    s: Tensor
-    v: Tensor
-
-
-def spectrum(f: LoraFactors) -> Spectrum:
-    """Thin SVD of dW from QRs of its factors; cost O((out + in) r^2 + r^3), dW is never formed."""
-    dtype = compute_dtype(f.A, f.B)
-    q_b, r_b = torch.linalg.qr(f.b.to(dtype))
-    q_a, r_a = torch.linalg.qr(f.a.to(dtype).T)
-    u, s, vh = torch.linalg.svd(f.scaling * (r_b @ r_a.T), full_matrices=False)
-    return Spectrum(q_b, q_a, u, s, vh.T)
+    def apply(self, small: Tensor) -> Tensor:
+        """Q @ small, [m, k]."""
+        if self.q is not None:
+            return self.q @ small
+        padded = small.new_zeros(self.rows, small.shape[1])
+        padded[: small.shape[0]] = small
+        return torch.ormqr(self.reflectors, self.tau, padded)
 
 
 def _core(f: LoraFactors) -> Tensor:
@@ -183,14 +181,18 @@ def singular_values(f: LoraFactors) -> Tensor:
 def truncate(f: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
     """The best rank-`rank` approximation of dW (Eckart-Young), and its relative error ||dW_k - dW||_F / ||dW||_F.
 
+    With thin QRs B = Q_b R_b, A^T = Q_a R_a and the SVD U S V^T of the core, dW = (Q_b U) S (Q_a V)^T is its own SVD: cost
+    O((out + in) r^2 + r^3), dW is never formed.
     Signs are fixed (the largest entry of each left vector is positive), so that equal input gives equal bytes.
     The square root of each singular value goes to each side.
     """
     if rank < 1:
         raise LoralloyError(f"rank {rank} is not positive; give a rank of at least 1")
-    spec = spectrum(f)
-    k = min(rank, spec.s.numel())
-    u, v, s = spec.q_b @ spec.u[:, :k], spec.q_a @ spec.v[:, :k], spec.s
+    dtype = compute_dtype(f.A, f.B)
+    left, right = _Householder(f.b.to(dtype)), _Householder(f.a.to(dtype).T)
+    small_u, s, small_vh = torch.linalg.svd(f.scaling * (left.r @ right.r.T), full_matrices=False)
+    k = min(rank, s.numel())
+    u, v = left.apply(small_u[:, :k]), right.apply(small_vh[:k].T)
     top = u.abs().argmax(0)
     sign = torch.sign(u.gather(0, top[None])[0])
     sign = torch.where(sign == 0, torch.ones_like(sign), sign)

@@ -57,10 +57,12 @@ def write_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None) -> 
     _settle_header(weights)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card(adapter, recorded), encoding="utf-8")
+    # safetensors writes for the owner alone; a shared adapter is as readable as the files beside it
+    (folder / "adapter_model.safetensors").chmod((folder / "README.md").stat().st_mode & 0o777)
 
 
 def _settle_header(file: Path) -> None:
-    """Put the header's metadata in order of name: safetensors writes it in random order, so equal adapters had unequal bytes."""
+    """Sort the header's metadata, which safetensors writes in random order, so that equal adapters have equal bytes."""
     with open(file, "r+b") as handle:
         length = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(length))

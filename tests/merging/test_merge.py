@@ -6,10 +6,23 @@ import math
 
 import pytest
 import torch
-from helpers import BASE, PROJECTIONS, adapter, delta, dense_sum, factors, load_in_peft, logits, peft_folder, relative, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import (
+    BASE,
+    PROJECTIONS,
+    adapter,
+    close,
+    delta,
+    dense_sum,
+    factors,
+    load_in_peft,
+    logits,
+    peft_folder,
+    relative,
+    tiny_llama,
+)
 from loralloy.adapter import Adapter
 from loralloy.bank import Bank
 from loralloy.base_ref import BaseRef
@@ -24,7 +37,7 @@ SHAPES = {"q": (14, 10), "v": (6, 10), "mlp": (10, 22)}
 
 
 def bank(dtype: torch.dtype = torch.float32, **base) -> Bank:
-    """Three adapters: ranks 2, 5 and 30 (wider than the modules), scalings alpha/r and alpha/sqrt(r), modules that differ."""
+    """Three adapters: ranks 2, 5 and 30 (wider than the modules), alpha/r and alpha/sqrt(r), modules that differ."""
     ranks, scalings = {"a": 2, "b": 5, "c": 30}, {"a": 2.0, "b": 16 / math.sqrt(5), "c": 0.1}
     have = {"a": ["q", "v", "mlp"], "b": ["q", "mlp"], "c": ["q", "v"]}
     adapters = []
@@ -95,7 +108,9 @@ def test_the_report_tells_the_cast_apart(dtype, low, high):
     b, weights = bank(), WEIGHTS[2]
     merged = merge(b, weights, dtype=dtype)
     got, want = delta(merged.adapter), truth(b, weights)
-    gap = math.sqrt(sum(float((got[m] - want[m]).norm()) ** 2 for m in want) / sum(float(w.norm()) ** 2 for w in want.values()))
+    gap = math.sqrt(
+        sum(float((got[m] - want[m]).norm()) ** 2 for m in want) / sum(float(w.norm()) ** 2 for w in want.values())
+    )
     assert merged.report.error_before_cast < EXACT < low < merged.report.error < high
     assert merged.report.error == pytest.approx(gap, rel=1e-4)
     assert merged.adapter.dtype == dtype
@@ -126,7 +141,12 @@ def test_order_does_not_matter(order, rule, rank):
 def test_zero_weight_is_absence(rule):
     """Of dW, rank, modules and saved tensors alike: a router's 0.0 must not make the merge larger or refuse it."""
     b = bank()
-    b = Bank([*b.values(), adapter({"q": factors(14, 10, 9), "x": factors(3, 3, 3)}, "z", extra={"lm_head.weight": torch.ones(2)})])
+    b = Bank(
+        [
+            *b.values(),
+            adapter({"q": factors(14, 10, 9), "x": factors(3, 3, 3)}, "z", extra={"lm_head.weight": torch.ones(2)}),
+        ]
+    )
     with_zero = merge(b, Weights({"z": 0.0, "a": 1.5, "b": {"*": 0.0}}), rule)
     without = merge(b, Weights({"a": 1.5}), rule)
     one, two = delta(with_zero.adapter), delta(without.adapter)
@@ -184,7 +204,9 @@ def test_near_duplicates_in_sixteen_bits_report_honestly():
 
 
 def test_factors_space_of_different_ranks_is_refused():
-    with pytest.raises(LoralloyError, match=r"module 'q' of a, b: .*ranks must be equal; they are \[2, 5\].*--space delta"):
+    with pytest.raises(
+        LoralloyError, match=r"module 'q' of a, b: .*ranks must be equal; they are \[2, 5\].*--space delta"
+    ):
         merge(bank(), Weights({"a": 1, "b": 1}), "linear", "factors")
 
 
@@ -210,7 +232,7 @@ def test_factors_space_reports_how_far_it_is_from_the_sum():
 
 @pytest.mark.parametrize("rank", [0, -3, 2.5, "all", True])
 def test_bad_ranks(rank):
-    with pytest.raises(LoralloyError, match="rank .* is not valid; give a positive number, 'max' or 'full'"):
+    with pytest.raises(LoralloyError, match=r"rank .* is not valid; give a positive number, 'max' or 'full'"):
         merge(bank(), WEIGHTS[1], rank=rank)
 
 
@@ -238,9 +260,13 @@ def test_saved_modules_equal_are_carried_and_conflicting_are_refused():
     merged = merge(two(head, None), half)
     assert torch.equal(merged.adapter.extra_tensor("head.weight"), head)
     assert "head.weight is carried whole from a" in merged.report.notes[0]
-    with pytest.raises(LoralloyError, match=r"adapters 'a' and 'b' each saved their own 'head.weight' \(modules_to_save\)"):
+    with pytest.raises(
+        LoralloyError, match=r"adapters 'a' and 'b' each saved their own 'head.weight' \(modules_to_save\)"
+    ):
         merge(two(head, {"head.weight": head + 1e-3}), half)
-    with pytest.raises(LoralloyError, match=r"tensor 'head.weight' is \[4, 3\] in adapter 'a' but \[5, 3\] in 'b'.*tokens added"):
+    with pytest.raises(
+        LoralloyError, match=r"tensor 'head.weight' is \[4, 3\] in adapter 'a' but \[5, 3\] in 'b'.*tokens added"
+    ):
         merge(two(head, {"head.weight": torch.zeros(5, 3)}), half)
 
 
@@ -260,7 +286,9 @@ def test_the_result_records_its_parents(tmp_path):
     b = bank()
     b["a"].licence, b["b"].licence = "mit", "mit"
     seen: list[str] = []
-    merged = merge(b, Weights({"a": 0.6, "b": {"q": 0.4}}, "retrieved"), "svd", rank=2, dtype=torch.float16, on_module=seen.append)
+    merged = merge(
+        b, Weights({"a": 0.6, "b": {"q": 0.4}}, "retrieved"), "svd", rank=2, dtype=torch.float16, on_module=seen.append
+    )
     assert set(seen) == set(merged.adapter)
     merged.adapter.save(tmp_path / "m")
     record = Adapter.load(tmp_path / "m").provenance["merge"]
@@ -282,16 +310,23 @@ def test_the_result_loads_in_peft_without_a_word(rule, tmp_path):
     import copy
 
     base = tiny_llama()
-    config = dict(target_modules=["q_proj", "v_proj"], use_rslora=True, r=3, rank_pattern={"layers.0.self_attn.q_proj": 7})
+    config = {
+        "target_modules": ["q_proj", "v_proj"],
+        "use_rslora": True,
+        "r": 3,
+        "rank_pattern": {"layers.0.self_attn.q_proj": 7},
+    }
     peft_folder(base, tmp_path / "a", 1, **config)
     peft_folder(base, tmp_path / "b", 2, target_modules=PROJECTIONS, r=5, alpha_pattern={"up_proj": 1})
     b = Bank.load([tmp_path / "a", tmp_path / "b"])
-    weights = Weights({"a": 0.8, "b": {"*": -0.3, "model.layers.1.mlp.up_proj": 1.0, "model.layers.0.mlp.up_proj": 0.0}})
+    weights = Weights(
+        {"a": 0.8, "b": {"*": -0.3, "model.layers.1.mlp.up_proj": 1.0, "model.layers.0.mlp.up_proj": 0.0}}
+    )
     merge(b, weights, rule, rank="full", name="m").adapter.save(tmp_path / "m")
     dense = copy.deepcopy(base)
     with torch.no_grad():
         for module, change in truth(b, weights).items():
             dense.get_submodule(module).weight += change.float()
     ids = torch.arange(3, 19).reshape(2, 8)
-    assert torch.allclose(logits(load_in_peft(base, tmp_path / "m"), ids), logits(dense, ids), atol=1e-5)
+    assert close(logits(load_in_peft(base, tmp_path / "m"), ids), logits(dense, ids))
     assert float((logits(dense, ids) - logits(base, ids)).abs().max()) > 1e-2

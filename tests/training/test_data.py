@@ -74,17 +74,25 @@ def test_several_columns_are_cut_between_hint_and_cue(tmp_path) -> None:
 def test_collate_labels_what_the_loss_is_on(loss: str) -> None:
     rows = [Encoded((5, 6, 7, 8, 9), 2), Encoded((3, 4, 2), 1)]
     inputs, labels, count = collate(rows, 0, loss, torch.device("cpu"))
-    assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9], [0, 0, 3, 4, 2]]
-    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]
+    assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9], [3, 4, 2, 0, 0]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 2, 2]]
     x = IGNORED
-    expected = {"answer": [[8, 9], [x, 2]], "full_text": [[6, 7, 8, 9], [x, x, 4, 2]]}[loss]
+    expected = {"answer": [[x, 8, 9], [2, x, x]], "full_text": [[6, 7, 8, 9], [4, 2, x, x]]}[loss]
     assert labels.tolist() == expected and count == {"answer": 3, "full_text": 6}[loss]
     assert inputs["logits_to_keep"] == len(expected[0]) + 1
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("rank", 0), ("lr", -1.0), ("dropout", 1.0), ("loss", "prompt"), ("schedule", "step"), ("limit", 0), ("epochs", 0)],
+    [
+        ("rank", 0),
+        ("lr", -1.0),
+        ("dropout", 1.0),
+        ("loss", "prompt"),
+        ("schedule", "step"),
+        ("limit", 0),
+        ("epochs", 0),
+    ],
 )
 def test_bad_settings_name_the_field(field: str, value: object) -> None:
     with pytest.raises(LoralloyError, match=field):

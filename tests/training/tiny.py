@@ -1,4 +1,4 @@
-"""A tiny random Llama with a byte tokenizer, and a small task, on disk: what `loralloy train` is given, in milliseconds."""
+"""A tiny random Llama with a byte tokenizer, and a small task, on disk: what `loralloy train` is given."""
 
 from __future__ import annotations
 

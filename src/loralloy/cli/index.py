@@ -14,16 +14,18 @@ def index(
     tasks: Annotated[list[Path] | None, typer.Argument(help="Task files, or folders of them.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The index folder, made or updated.")] = Path("index"),
     store: Annotated[
-        str | None, typer.Option(help="chroma, or exact (NumPy) [default: the index's own; a new one: chroma].")
+        str | None, typer.Option(help="chroma, or exact (NumPy); default: what the index has, else chroma.")
     ] = None,
     rows: Annotated[int, typer.Option(help="At most so many training rows a task.")] = 2000,
     seed: Annotated[int, typer.Option(help="Decides which rows are taken when a task has more.")] = 0,
     template: Annotated[
         str | None,
-        typer.Option(help="hinted (hint and columns) or raw (columns) [default: the index's own; a new one: hinted]."),
+        typer.Option(
+            help="Text to embed: hinted (hint and columns) or raw (columns); default: what the index has, else hinted."
+        ),
     ] = None,
     embedder: Annotated[
-        str | None, typer.Option(help="sentence-transformers folder or org/name@revision [default: all-MiniLM-L6-v2].")
+        str | None, typer.Option(help="sentence-transformers folder or org/name@revision; default: all-MiniLM-L6-v2.")
     ] = None,
     remove: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Take a task out; may be repeated.")] = None,
     add_only: Annotated[bool, typer.Option("--add-only", help="Refuse to change a task that is there.")] = False,

@@ -33,7 +33,7 @@ def inspect(
     if json:
         stdout.print_json(data=data)
         return
-    stdout.print(f"[bold]{loaded.name}[/bold], a LoRA adapter of {loaded.base}")
+    stdout.print(Text.assemble((loaded.name, "bold"), f", a LoRA adapter of {loaded.base}"))
     stdout.print(
         f"{len(loaded)} modules, rank {_span([m['rank'] for m in data['modules']])}, "
         f"scaling {_span([m['scaling'] for m in data['modules']])}, {data['dtype']}, licence {data['licence'] or 'not stated'}"
@@ -64,8 +64,9 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     from ..factors import norm
     from ..saving import dtype_name
 
-    rows, layers = [], {}
-    for module in adapter:
+    rows: list[dict[str, Any]] = []
+    layers: dict[Any, list[float]] = {}
+    for module in sorted(adapter, key=_natural):
         f = adapter[module]
         size = norm(f)
         rows.append({
@@ -84,8 +85,16 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "extra": adapter.extra,
         "provenance": adapter.provenance,
         "modules": rows,
-        "layers": [{"layer": k, "modules": n, "norm": square**0.5} for k, (n, square) in layers.items()],
+        "layers": [
+            {"layer": k, "modules": n, "norm": square**0.5}
+            for k, (n, square) in sorted(layers.items(), key=lambda item: (isinstance(item[0], str), item[0]))
+        ],
     }
+
+
+def _natural(module: str) -> list[tuple[bool, int | str]]:
+    """layers.2 before layers.10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in module.split(".")]
 
 
 def _span(values: list[float]) -> str:

@@ -42,6 +42,7 @@ def merge(
     chosen = get_rule(rule)
     checked = chosen.check_space(space)
     check_free(out.absolute(), overwrite)
+    adapters, weights = _part(adapters, weights)
     bank = Bank.load(adapters, assume_same_base)
     given = _weights(weights, bank.names)
     with progress() as bar:
@@ -69,6 +70,22 @@ def merge(
     for note in report.notes:
         stdout.print(f"note: {note}", markup=False)
     stdout.print(f"wrote {out}", markup=False)
+
+
+def _part(adapters: list[str], weights: list[str] | None) -> tuple[list[str], list[str] | None]:
+    """`A B --weights 0.6 0.4`: an option takes one value, so the numbers after it arrive among the adapters."""
+    if not weights:
+        return adapters, weights
+    numbers = [text for text in adapters if _is_number(text) and not Path(text).exists()]
+    return [text for text in adapters if text not in numbers], [*weights, *numbers]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _weights(texts: list[str] | None, names: list[str]):  # type: ignore[no-untyped-def]

@@ -17,7 +17,7 @@ def route(
     temperature: Annotated[float, typer.Option(help="T in exp(-d/T); below 1, nearer examples count more.")] = 1.0,
     exclude: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Leave this task out; repeatable.")] = None,
     embedder: Annotated[
-        str | None, typer.Option(help="The embedder that the index was built with [default: all-MiniLM-L6-v2].")
+        str | None, typer.Option(help="The embedder that the index was built with; default: all-MiniLM-L6-v2.")
     ] = None,
     neighbours: Annotated[int, typer.Option(help="How many of the nearest examples to show.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print the weights file (JSON) instead.")] = False,
@@ -51,7 +51,9 @@ def neighbour_table(neighbours: list[dict]) -> object:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, title="nearest examples", title_justify="left", title_style="bold")
+    table = Table(
+        box=None, pad_edge=False, expand=True, title="nearest examples", title_justify="left", title_style="bold"
+    )
     table.add_column("task", style="cyan", no_wrap=True)
     table.add_column("distance", justify="right")
     table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)

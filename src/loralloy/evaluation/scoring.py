@@ -99,7 +99,7 @@ def score_options(
     rows_hook(indices) is entered around every forward with the prompts' indices in row order, so that each row may have
     its own adapter weights; around an expanded forward the indices repeat (row-major, once for every option run).
     progress(n) is called after each batch with the number of prompts done in it.
-    Raises LoralloyError when a prompt has no options or an option has no text.
+    Raises LoralloyError when a prompt has no options, an option has no text, or a score is not a number.
     """
     import torch
 
@@ -140,7 +140,12 @@ def score_options(
                 rest = _score_rest(model, cache, mask, part, batch, hook, pad)
                 where = torch.tensor([[r, o] for r, o, _ in part], device=device)
                 scores[where[:, 0], where[:, 1]] += rest
-            for i, row_scores, sizes in zip(batch, scores.cpu(), tokens, strict=True):
+            host = scores.cpu()
+            if host.isnan().any():  # argmax of NaN would quietly answer with the first option
+                raise LoralloyError(
+                    "the model's scores are not numbers; load it in float32, or check the adapter's weights"
+                )
+            for i, row_scores, sizes in zip(batch, host, tokens, strict=True):
                 results[i] = row_scores[: len(sizes)].clone()
             if progress:
                 progress(len(batch))

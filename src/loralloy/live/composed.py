@@ -46,11 +46,13 @@ class _Module:
         owner = [names.index(n) for n, f in factors.items() for _ in range(f.rank)]
         self.owner = torch.tensor(owner, device=device)
         self.coefficients: Tensor | None = None  # [rows, R] or [1, R]
+        self.rows = 1  # how many rows were given; 1 is for all
 
     def set(self, rows: Tensor) -> None:
         """rows [b, n] of weights -> coefficients [b, R] (or [1, R] when all rows agree), None when all are zero."""
         spread = rows.to(self.owner.device)[:, self.owner]
-        if spread.shape[0] > 1 and bool((spread == spread[:1]).all()):
+        self.rows = spread.shape[0]
+        if self.rows > 1 and bool((spread == spread[:1]).all()):
             spread = spread[:1]
         self.coefficients = spread if bool((spread != 0).any()) else None
 
@@ -59,9 +61,9 @@ class _Module:
             return None
         x = args[0]
         c = self.coefficients
-        if c.shape[0] not in (1, x.shape[0]):
+        if self.rows not in (1, x.shape[0]):
             raise LoralloyError(
-                f"weights are set for {c.shape[0]} rows but the batch has {x.shape[0]}; give one weight a row, or one for all"
+                f"weights are set for {self.rows} rows but the batch has {x.shape[0]}; give one weight a row, or one for all"
             )
         if self.kind == "embedding":
             inner = self.A.T[x] * getattr(module, "embed_scale", 1.0)  # [b, l, R]; Gemma scales its embeddings
@@ -98,7 +100,7 @@ class LiveModel:
         assume_same_base: skip that check.
 
     Raises LoralloyError for another base model, a module the model does not have, shapes that do not fit, a convolution
-    with groups, and adapters with fully saved modules (heads), which cannot be mixed by row.
+    with groups, and adapters with fully saved modules (heads) other than the model's own, which cannot be mixed by row.
     """
 
     def __init__(self, model: nn.Module, bank: Bank, base: BaseRef | None = None, assume_same_base: bool = False) -> None:
@@ -109,12 +111,6 @@ class LiveModel:
                 raise LoralloyError(
                     f"the bank's adapters are of {bank.base}, {said} {base}: {why}; load the model the adapters were "
                     "trained on, or pass --assume-same-base"
-                )
-        for adapter in bank.values():
-            if adapter.extra:
-                raise LoralloyError(
-                    f"adapter {adapter.name!r} saved whole modules ({adapter.extra[0]}), which cannot be mixed row by row; "
-                    "leave it out of the bank, or load it alone with PEFT"
                 )
         self.model, self.bank, self.names = model, bank, bank.names
         self._modules: dict[str, _Module] = {}
@@ -128,10 +124,11 @@ class LiveModel:
                     f"adapter {owner!r} has module {name!r}, which the model does not; it is not of this base model"
                 )
             try:
-                _check_fit(found[name], next(iter(factors.values())))
+                _check_fit(name, found[name], next(iter(factors.values())))
             except LoralloyError as error:
                 raise error.within(f"module {name!r} of adapter {owner!r}") from None
             self._modules[name] = _Module(name, found[name], factors, self.names)
+        _check_saved_modules(model, bank)
         try:
             for name, part in self._modules.items():
                 self._handles.append(found[name].register_forward_hook(part.hook))
@@ -167,13 +164,13 @@ class LiveModel:
     @contextlib.contextmanager
     def compose(self, weights: Weights | Sequence[Weights] | None) -> Iterator[nn.Module]:
         """The model under these weights inside the block; whatever was set before is set again after it."""
-        before = {name: part.coefficients for name, part in self._modules.items()}
+        before = {name: (part.coefficients, part.rows) for name, part in self._modules.items()}
         self.set(weights)
         try:
             yield self.model
         finally:
             for name, part in self._modules.items():
-                part.coefficients = before[name]
+                part.coefficients, part.rows = before[name]
 
     def remove(self) -> None:
         """Take the hooks out: the model is the plain base again."""
@@ -182,7 +179,23 @@ class LiveModel:
         self._handles.clear()
 
 
-def _check_fit(module: nn.Module, factors: LoraFactors) -> None:
+def _check_saved_modules(model: nn.Module, bank: Bank) -> None:
+    """Raise LoralloyError for fully saved tensors, unless they are the model's own.
+
+    PEFT saves a copy of the base's embeddings and head beside their factors (as ``lm_head.base_layer.weight``).
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for adapter in bank.values():
+        for name in adapter.extra:
+            tensor, mine = adapter.extra_tensor(name), own.get(name.replace(".base_layer.", "."))
+            if mine is None or mine.shape != tensor.shape or not torch.equal(tensor.to(mine), mine):
+                raise LoralloyError(
+                    f"adapter {adapter.name!r} saved whole modules ({name}, not the model's own), which cannot be mixed row "
+                    "by row; leave it out of the bank, or load it alone with PEFT"
+                )
+
+
+def _check_fit(name: str, module: nn.Module, factors: LoraFactors) -> None:
     """Raise LoralloyError unless the factors fit this module of the base."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
@@ -202,5 +215,5 @@ def _check_fit(module: nn.Module, factors: LoraFactors) -> None:
     else:
         raise LoralloyError(f"the model has a {type(module).__name__} there, which is not a linear, embedding or convolution")
     if tuple(have) != tuple(want):
-        hint = " (tokens were added to one of them?)" if factors.kind == "embedding" or "head" in type(module).__name__ else ""
+        hint = " (tokens were added to one of them?)" if factors.kind == "embedding" or name.endswith("head") else ""
         raise LoralloyError(f"the adapter expects a weight of {list(want)}, the model has {list(have)}{hint}")

@@ -104,30 +104,33 @@ def mix(*numbers: int) -> int:
 
 
 def collate(rows: Sequence[Encoded], pad: int, loss: str, device: Any) -> tuple[dict[str, Any], Any, int]:
-    """``(inputs of the model, labels [rows, kept], number of tokens in the loss)``, left padded.
+    """``(inputs of the model, labels [rows, kept], number of tokens in the loss)``, right padded.
 
-    Answers then end in the last column, so ``logits_to_keep`` spares the vocabulary projection of the prompt: the
-    logits are [rows, kept + 1, vocabulary], and all but the last predict the labels.
+    Right padded, because under a causal mask a left-padded row's pad positions attend to nothing, and the backward of
+    fused attention kernels on a GPU can make NaN of such rows (seen on an H100 with torch 2.11, bfloat16).
+    ``logits_to_keep`` spares the vocabulary projection of what comes before the first answer: the logits are
+    [rows, kept + 1, vocabulary], and all but the last column predict the labels.
     """
     import torch
 
     width = max(len(row.ids) for row in rows)
-    kept = max(row.answer for row in rows) if loss == "answer" else width - 1
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
+    first = width
     for i, row in enumerate(rows):
         tokens = torch.tensor(row.ids)
-        ids[i, width - len(tokens) :] = tokens
-        mask[i, width - len(tokens) :] = 1
+        ids[i, : len(tokens)] = tokens
+        mask[i, : len(tokens)] = 1
         learned = row.answer if loss == "answer" else len(tokens) - 1  # nothing predicts the first token
-        labels[i, width - learned :] = tokens[len(tokens) - learned :]
-    labels = labels[:, width - kept :]
+        labels[i, len(tokens) - learned : len(tokens)] = tokens[len(tokens) - learned :]
+        first = min(first, len(tokens) - learned)
+    labels = labels[:, first:]
     count = int((labels != IGNORED).sum())
     inputs = {
         "input_ids": ids.to(device, non_blocking=True),
         "attention_mask": mask.to(device, non_blocking=True),
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0).to(device, non_blocking=True),
-        "logits_to_keep": kept + 1,
+        "logits_to_keep": width - first + 1,
     }
     return inputs, labels.to(device, non_blocking=True), count

@@ -134,23 +134,27 @@ class _Display:
             self.bar.update(self.task, completed=step, loss=f"{loss:.4f}", lr=f"{lr:.1e}", rate=f"{rate:.1f}")
         elif step == self.total or step - self.printed >= max(LOG_EVERY, self.total // 20):
             self.printed = step
-            console.print(f"{self.title} step {step}/{self.total} loss {loss:.4f} lr {lr:.1e} {rate:.1f} examples/s")
+            console.print(
+                f"{self.title} step {step}/{self.total} loss {loss:.4f} lr {lr:.1e} {rate:.1f} examples/s",
+                soft_wrap=True,
+            )
+
+
+def check_tracker(tracker: str) -> None:
+    """Raise LoralloyError for a tracker that is unknown or not installed."""
+    import importlib.util
+
+    if tracker not in ("none", "tensorboard", "wandb"):
+        raise LoralloyError(f"--tracker {tracker!r} is unknown; use none, tensorboard or wandb")
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise LoralloyError(f"--tracker {tracker} needs the package {tracker}: pip install 'loralloy[trackers]'")
 
 
 @contextmanager
 def _accelerator(device: Any, tracker: str, runs: Path, settings: dict[str, Any]) -> Iterator[Any]:
     from accelerate import Accelerator
 
-    needs = {"tensorboard": "tensorboard", "wandb": "wandb"}
-    if tracker != "none" and tracker not in needs:
-        raise LoralloyError(f"tracker {tracker!r} is unknown; use none, tensorboard or wandb")
-    if tracker != "none":
-        import importlib.util
-
-        if importlib.util.find_spec(needs[tracker]) is None:
-            raise LoralloyError(
-                f"--tracker {tracker} needs the package {needs[tracker]}: pip install 'loralloy[trackers]'"
-            )
+    check_tracker(tracker)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",  # the base has its dtype already, the factors are float32
@@ -166,6 +170,16 @@ def _accelerator(device: Any, tracker: str, runs: Path, settings: dict[str, Any]
         if tracker != "none":
             accelerator.end_training()
         accelerator.free_memory()
+
+
+def _checkpointing(model: Any, on: bool) -> None:
+    """Gradient checkpointing by the names that every supported transformers has (5.23 warns that they will change)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
 
 
 def fit(
@@ -217,10 +231,10 @@ def fit(
     rate_at = scheduler.lr_lambdas[0]  # a function of the step, so a resumed run needs no scheduler state
     if state:
         checkpoint.restore(state, model, optimizer)
-        console.print(f"{title}: going on from step {start} of {total} ({folder})")
+        console.print(f"{title}: going on from step {start} of {total} ({folder})", soft_wrap=True)
     log = _Log(folder / LOG_NAME, start)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpointing(model, True)
     lengths = [len(row.ids) for row in encoded]
     per_epoch = total_steps(len(encoded), TrainConfig.of(config, {"epochs": 1}))
     pending: list[tuple[dict[str, Any], Any]] = []  # entries whose loss is still on the device
@@ -268,7 +282,7 @@ def fit(
             if saving:
                 checkpoint.save(folder, done, identity, model, optimizer.optimizer, {"epoch": entry["epoch"]})
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        _checkpointing(model, False)
     model.eval()
     return [json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines()]
 

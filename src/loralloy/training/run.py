@@ -16,7 +16,7 @@ from . import checkpoint
 from . import output as output_files
 from .config import TrainConfig
 from .data import encode_examples, fingerprint, fit_prompt
-from .loop import attach, fit, total_steps
+from .loop import attach, check_tracker, fit, total_steps
 
 if TYPE_CHECKING:
     from ..tasks.task import Example, Task
@@ -66,6 +66,7 @@ def train(
         raise LoralloyError(f"--save-dtype {save_dtype!r} is unknown; use {', '.join(output_files.SAVE_DTYPES)}")
     if eval_limit is not None and eval_limit < 1:
         raise LoralloyError(f"--eval-limit is {eval_limit}; it must be at least 1 (--no-evaluate skips the evaluation)")
+    check_tracker(tracker)
     if not isinstance(task, Task):
         task = Task.load(task)
     examples = task.examples("train", config.limit)
@@ -78,7 +79,8 @@ def train(
     encoded, cuts = encode_examples(tokenizer, examples, task.hint, config.max_length)
     if cuts:
         console.print(
-            f"{task.name}: {cuts} of {len(encoded)} prompts cut to {config.max_length} tokens (start of their text)"
+            f"{task.name}: {cuts} of {len(encoded)} prompts cut to {config.max_length} tokens (start of their text)",
+            soft_wrap=True,
         )
     device_, dtype_ = base.get_input_embeddings().weight.device, str(base.dtype).removeprefix("torch.")
     peft_model = attach(base, config, name, revision)
@@ -86,7 +88,8 @@ def train(
     steps = total_steps(len(encoded), config)
     console.print(
         f"{task.name}: {len(encoded)} rows, {steps} steps of {config.batch_size * config.grad_accumulation}, "
-        f"{count:,} trainable parameters, {device_.type} {dtype_}"
+        f"{count:,} trainable parameters, {device_.type} {dtype_}",
+        soft_wrap=True,
     )
     identity = {
         "hyperparameters": config.to_dict(),
@@ -98,7 +101,7 @@ def train(
     try:
         log = fit(
             peft_model, encoded, config, folder=work, identity=identity, pad=tokenizer.pad_token_id, title=task.name,
-            save_every=save_every, resume=resume, tracker=tracker, runs=Path("runs"),
+            save_every=save_every, resume=resume, tracker=tracker, runs=Path("runs") / target.name,
         )  # fmt: skip
         metrics: dict[str, Any] = {"version": 1, "task": task.name, "base": record, "truncated": cuts}
         tail = [entry["loss"] for entry in log[-10:]]
@@ -126,7 +129,10 @@ def train(
         )  # fmt: skip
     except KeyboardInterrupt:
         if work.is_dir():
-            console.print(f"stopped; only {work} was written: the same command goes on from it (--no-resume: anew)")
+            console.print(
+                f"stopped; only {work} was written: the same command goes on from it (--no-resume: anew)",
+                soft_wrap=True,
+            )
         raise
     checkpoint.remove(work)
     return metrics
