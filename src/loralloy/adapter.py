@@ -119,7 +119,9 @@ class Adapter(Mapping[str, LoraFactors]):
         for module in sorted(self):
             f = self[module]
             # 12 digits: folding rsLoRA into alpha = scaling * r, on saving, may cost the last bit
-            digest.update(f"{module}|{f.kind}|{f.scaling:.12g}|{f.A.dtype}|{list(f.A.shape)}|{list(f.B.shape)}".encode())
+            digest.update(
+                f"{module}|{f.kind}|{f.scaling:.12g}|{f.A.dtype}|{list(f.A.shape)}|{list(f.B.shape)}".encode()
+            )
             for tensor in (f.A, f.B):
                 digest.update(_bytes(tensor))
         for name in sorted(self._extra):
@@ -282,10 +284,14 @@ def _load(folder: Path, name: str) -> Adapter:
         alpha = header.get("lora_adapter_metadata")
         config = _diffusers_config(json.loads(alpha) if alpha else {}, factors)
     base = BaseRef(
-        config.base_name or recorded_base.name, config.base_revision or recorded_base.revision, recorded_base.fingerprint
+        config.base_name or recorded_base.name,
+        config.base_revision or recorded_base.revision,
+        recorded_base.fingerprint,
     )
     card = folder / "README.md"
-    licence = front_matter(card.read_text(encoding="utf-8", errors="replace")).get("license") if card.is_file() else None
+    licence = (
+        front_matter(card.read_text(encoding="utf-8", errors="replace")).get("license") if card.is_file() else None
+    )
     extra = _LazyTensors(handle, where.extra)
     return Adapter(name, factors, config, base, extra, recorded, str(licence) if licence else None, folder)
 

@@ -111,7 +111,9 @@ class AdapterConfig:
                 "adapter with PEFT's path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
             )
         if raw.get("bias", "none") != "none":
-            raise LoralloyError(f"field 'bias' is {raw['bias']!r}: trained biases are not part of dW; retrain with bias='none'")
+            raise LoralloyError(
+                f"field 'bias' is {raw['bias']!r}: trained biases are not part of dW; retrain with bias='none'"
+            )
         for name, value in raw.items():
             if name not in _HARMLESS and name not in _REFUSED and value:
                 raise LoralloyError(

@@ -15,7 +15,7 @@ from .weights import Weights
 
 if TYPE_CHECKING:
     from .merging import Rule, Space
-    from .merging.merge import Rank
+    from .merging.engine import Rank
     from .retrieval.manifest import IndexedTask
     from .weighting.retrieved import Router
 
@@ -46,7 +46,7 @@ class Answer:
             "answer": self.text,
             "prompt": self.prompt,
             "template": self.template,
-            "weights": {name: w for name, w in self.weights.items()},
+            "weights": dict(self.weights.items()),
             "explain": self.weights.explain,
             "rule": self.rule,
             "space": self.space,
@@ -166,5 +166,7 @@ class Answerer:
         if name not in tasks:
             if template == "auto":
                 return text, None
-            raise LoralloyError(f"--template {template!r} is not a task of the index; choose auto, none, or one of {', '.join(tasks)}")
+            raise LoralloyError(
+                f"--template {template!r} is not a task of the index; choose auto, none, or one of {', '.join(tasks)}"
+            )
         return scaffold(tasks[name], text), name

@@ -48,7 +48,9 @@ class Bank(Mapping[str, Adapter]):
                 return Bank([Adapter.load(source)], assume_same_base)
             found = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and _is_adapter(p))
             if not found:
-                raise LoralloyError(f"{folder} holds no adapter; expected subfolders with {CONFIG_FILE} and {WEIGHTS_FILE}")
+                raise LoralloyError(
+                    f"{folder} holds no adapter; expected subfolders with {CONFIG_FILE} and {WEIGHTS_FILE}"
+                )
             return Bank([Adapter.load(p) for p in found], assume_same_base)
         return Bank([Adapter.load(ref) for ref in source], assume_same_base)
 
@@ -92,7 +94,9 @@ class Bank(Mapping[str, Adapter]):
             if isinstance(value, Mapping):
                 for module in value:
                     if module != "*" and module not in adapter:
-                        raise LoralloyError(f"weights of adapter {name!r} name module {module!r}, which it does not have")
+                        raise LoralloyError(
+                            f"weights of adapter {name!r} name module {module!r}, which it does not have"
+                        )
 
     # -- one base model ------------------------------------------------------------------------------------------------
 
@@ -147,5 +151,6 @@ class Bank(Mapping[str, Adapter]):
 
 def _is_adapter(folder: Path) -> bool:
     return folder.is_dir() and any(
-        (folder / f).is_file() for f in (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", "pytorch_lora_weights.safetensors")
+        (folder / f).is_file()
+        for f in (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", "pytorch_lora_weights.safetensors")
     )

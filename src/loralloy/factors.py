@@ -41,11 +41,15 @@ class LoraFactors:
     def __post_init__(self) -> None:
         a, b = tuple(self.A.shape), tuple(self.B.shape)
         if len(a) < 2 or len(b) < 2 or a[0] != b[1]:
-            raise LoralloyError(f"A {list(a)} and B {list(b)} do not fit; expected A [r, in] and B [out, r] of one rank r")
+            raise LoralloyError(
+                f"A {list(a)} and B {list(b)} do not fit; expected A [r, in] and B [out, r] of one rank r"
+            )
         if self.kind != "conv" and (len(a) != 2 or len(b) != 2):
             raise LoralloyError(f"A {list(a)} and B {list(b)} of a {self.kind} module must be matrices")
         if self.kind == "conv" and (len(a) < 3 or len(a) != len(b) or any(k != 1 for k in b[2:])):
-            raise LoralloyError(f"A {list(a)} and B {list(b)} of a convolution must be [r, in, *kernel] and [out, r, 1, ...]")
+            raise LoralloyError(
+                f"A {list(a)} and B {list(b)} of a convolution must be [r, in, *kernel] and [out, r, 1, ...]"
+            )
         if not math.isfinite(self.scaling):
             raise LoralloyError(f"scaling is {self.scaling}; it must be finite")
 

@@ -12,7 +12,9 @@ from .factors import Kind
 _PREFIX = "base_model.model."
 _PEFT = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$|bias$)[^.]+)?\.(?P<what>weight|bias)$")
 _EMBEDDING = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.[^.]+)?$")
-_DOWN_UP = re.compile(r"^(?P<module>.+?)(?:\.lora_linear_layer|\.lora|_lora)?[._](?:lora[._])?(?P<side>down|up)\.weight$")
+_DOWN_UP = re.compile(
+    r"^(?P<module>.+?)(?:\.lora_linear_layer|\.lora|_lora)?[._](?:lora[._])?(?P<side>down|up)\.weight$"
+)
 _SIDES = {"down": "A", "up": "B"}
 
 
@@ -54,7 +56,9 @@ def layout(keys: Iterable[str], modules_to_save: Iterable[str] = ()) -> Layout:
             )
         if match := _PEFT.match(name):
             if match["what"] == "bias":
-                raise LoralloyError(f"tensor {key!r} is a LoRA bias, which is not part of dW; retrain with lora_bias=false")
+                raise LoralloyError(
+                    f"tensor {key!r} is a LoRA bias, which is not part of dW; retrain with lora_bias=false"
+                )
             result.add(match["module"], match["side"], key)
         elif match := _EMBEDDING.match(name):
             result.add(match["module"], match["side"], key)
@@ -69,11 +73,15 @@ def layout(keys: Iterable[str], modules_to_save: Iterable[str] = ()) -> Layout:
         else:
             result.extra[re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", name)] = key
     if unknown:
-        raise LoralloyError(f"tensor {unknown[0]!r} (and {len(unknown) - 1} more) is not a LoRA tensor that is understood")
+        raise LoralloyError(
+            f"tensor {unknown[0]!r} (and {len(unknown) - 1} more) is not a LoRA tensor that is understood"
+        )
     for module, sides in result.modules.items():
         if len(sides) != 2:
             missing = "B" if "A" in sides else "A"
-            raise LoralloyError(f"module {module!r} has no factor {missing}; the file is incomplete, fetch or save it again")
+            raise LoralloyError(
+                f"module {module!r} has no factor {missing}; the file is incomplete, fetch or save it again"
+            )
     stray = set(result.alphas) - set(result.modules)
     for module in stray:
         raise LoralloyError(f"tensor {result.alphas[module]!r} is an alpha without factors; the file is incomplete")

@@ -30,7 +30,9 @@ def cast(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}.get(dtype, str(dtype))
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}.get(
+        dtype, str(dtype)
+    )
 
 
 def write_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None) -> None:

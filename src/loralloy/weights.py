@@ -95,7 +95,9 @@ class Weights:
             raise LoralloyError(f"{where}: expected `version: {VERSION}`, found {found!r}")
         unknown = set(data) - {"version", "source", "weights", "explain"}
         if unknown:
-            raise LoralloyError(f"{where}: unknown field {sorted(unknown)[0]!r}; known: version, source, weights, explain")
+            raise LoralloyError(
+                f"{where}: unknown field {sorted(unknown)[0]!r}; known: version, source, weights, explain"
+            )
         if not isinstance(data.get("weights"), Mapping):
             raise LoralloyError(f"{where}: field 'weights' must map each adapter to a number or to {{module: number}}")
         explain = data.get("explain") or {}

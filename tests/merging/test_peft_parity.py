@@ -35,6 +35,7 @@ def theirs(model: Any, weights: dict[str, float], kind: str, **more: Any) -> dic
         warnings.simplefilter("ignore")
         model.add_weighted_adapter(list(weights), list(weights.values()), "merged", combination_type=kind, **more)
     model.set_adapter("merged")
+    model.eval()  # the new adapter's dropout comes in training mode
     return peft_deltas(model, "merged")
 
 

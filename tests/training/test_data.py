@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loralloy.errors import LoralloyError
-from loralloy.evaluation.scoring import encode_answer, encode_prompt
+from loralloy.live.scoring import encode_answer, encode_prompt
 from loralloy.tasks import Task
 from loralloy.training.config import TrainConfig
 from loralloy.training.data import IGNORED, Encoded, collate, encode_examples, epoch_batches, fit_prompt

@@ -8,8 +8,21 @@ import typer
 
 from ..errors import LoralloyError
 from .common import (
-    BANK, INDEX, MODEL, BankOption, DtypeOption, IndexOption, Json, K, Kernel, ModelOption, P, SameBase, Temperature,
-    load_model, parse_rank,
+    BANK,
+    INDEX,
+    MODEL,
+    BankOption,
+    DtypeOption,
+    IndexOption,
+    Json,
+    K,
+    Kernel,
+    ModelOption,
+    P,
+    SameBase,
+    Temperature,
+    load_model,
+    parse_rank,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -29,7 +42,9 @@ def ask(
     rule: Annotated[str, typer.Option(help="linear, cat or svd.")] = "linear",
     space: Annotated[str, typer.Option(help="delta (exact) or factors (PEFT's).")] = "delta",
     rank: Annotated[Optional[str], typer.Option(help="A number, max or full.")] = None,  # noqa: UP045
-    template: Annotated[str, typer.Option(help="auto: put the text in the top task's form; none; or a task's name.")] = "auto",
+    template: Annotated[
+        str, typer.Option(help="auto: put the text in the top task's form; none; or a task's name.")
+    ] = "auto",
     k: K = 100,
     p: P = 0.9,
     kernel: Kernel = "exp",
@@ -70,7 +85,9 @@ def ask(
         show(answer)
 
 
-def open_router(index: str, bank: Any, k: int = 100, p: float = 0.9, kernel: str = "exp", temperature: float = 1.0) -> Any:
+def open_router(
+    index: str, bank: Any, k: int = 100, p: float = 0.9, kernel: str = "exp", temperature: float = 1.0
+) -> Any:
     """A router over the index's tasks that have an adapter in the bank."""
     from ..console import console
     from ..retrieval import Index
@@ -103,8 +120,12 @@ def show(answer: Answer) -> None:
         for heading in ("nearest examples", "distance", "task"):
             table.add_column(heading, no_wrap=heading != "nearest examples", overflow="ellipsis")
         for n in neighbours:
-            text = " ".join(n["text"].split())
-            table.add_row(Text(text[:88] + ("…" if len(text) > 88 else ""), style="dim"), f"{n['distance']:.3f}", n["task"])
+            text = " ".join(
+                n["text"].split("\n", 1)[-1].split()
+            )  # without the hint, which is the same for a whole task
+            table.add_row(
+                Text(text[:88] + ("…" if len(text) > 88 else ""), style="dim"), f"{n['distance']:.3f}", n["task"]
+            )
         stdout.print(table)
     form = f"; prompt in the form of {answer.template}" if answer.template else ""
     exact = "composed live, exact" if answer.error == 0 else f"merged, relative error {answer.error:.2e}"

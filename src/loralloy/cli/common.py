@@ -11,7 +11,7 @@ from ..errors import LoralloyError
 
 if TYPE_CHECKING:
     from ..base_ref import BaseRef
-    from ..merging.merge import Rank
+    from ..merging.engine import Rank
 
 BANK = "examples/bank"
 INDEX = ".assets/index"
@@ -23,7 +23,9 @@ ModelOption = Annotated[
     str, typer.Option("--model", envvar="LORALLOY_MODEL", help="Base model: a folder, or org/name@revision.")
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto takes the faster here.")]
-SameBase = Annotated[bool, typer.Option("--assume-same-base", help="Skip the check that adapters are of one base model.")]
+SameBase = Annotated[
+    bool, typer.Option("--assume-same-base", help="Skip the check that adapters are of one base model.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 K = Annotated[int, typer.Option("--k", help="Nearest examples that vote.")]
 P = Annotated[float, typer.Option("--p", help="Nucleus: keep the fewest tasks whose weights reach p.")]

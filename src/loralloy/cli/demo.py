@@ -38,8 +38,10 @@ def demo(
     adapters = Bank.load(bank)
     given = [task for task in load_tasks(tasks) if task.name in adapters]
     stdout.rule(f"1. index: {len(given)} tasks, {rows} training rows each, never an answer")
-    Index.build(index, given, rows=rows, progress=True).close()
+    if not {task.name for task in given} <= indexed(index):  # one that is there may hold more rows: keep it
+        Index.build(index, given, rows=rows, progress=True).close()
     router = open_router(index, adapters)
+    router.index.check_template(given)
     stdout.print(f"{len(router.index)} examples of {len(router.index.names)} tasks in {index}", markup=False)
 
     loaded, tokenizer, base = load_model(model, dtype)
@@ -50,7 +52,9 @@ def demo(
         answer = answerer.ask(example.query, example.options)
         show_answer(answer)
         mark = "[green]right[/green]" if answer.text == example.answer else f"[red]wrong[/red], it is {example.answer}"
-        stdout.print(f"{mark}  ({answer.seconds['route'] * 1000:.0f} ms to route, {answer.seconds['answer'] * 1000:.0f} to answer)")
+        stdout.print(
+            f"{mark}  ({answer.seconds['route'] * 1000:.0f} ms to route, {answer.seconds['answer'] * 1000:.0f} to answer)"
+        )
         stdout.print()
 
     skip = -(-questions // len(given))  # the table's examples are not the ones just shown
@@ -59,3 +63,12 @@ def demo(
     comparison, summary = table(answerer, given, held_out)
     show(comparison, summary)
     stdout.print(f"took {time.perf_counter() - start:.0f} s", style="dim")
+
+
+def indexed(folder: str) -> set[str]:
+    """The tasks of an index, none if there is no index yet."""
+    from pathlib import Path
+
+    from ..retrieval.manifest import NAME, Manifest
+
+    return set(Manifest.load(Path(folder)).tasks) if (Path(folder) / NAME).is_file() else set()

@@ -7,8 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
-    BANK, INDEX, MODEL, BankOption, DtypeOption, IndexOption, Json, K, Kernel, ModelOption, OptionalPath, P, SameBase,
-    Temperature, load_model,
+    BANK,
+    INDEX,
+    MODEL,
+    BankOption,
+    DtypeOption,
+    IndexOption,
+    Json,
+    K,
+    Kernel,
+    ModelOption,
+    OptionalPath,
+    P,
+    SameBase,
+    Temperature,
+    load_model,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -20,7 +33,9 @@ TASKS = "examples/tasks"
 
 
 def evaluate(
-    tasks: Annotated[str, typer.Option("--tasks", help="Task files; those with an adapter in the bank are used.")] = TASKS,
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="Task files; those with an adapter in the bank are used.")
+    ] = TASKS,
     bank: BankOption = BANK,
     index: IndexOption = INDEX,
     model: ModelOption = MODEL,

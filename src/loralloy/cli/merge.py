@@ -16,11 +16,17 @@ def merge(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
     weights: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--weights", "-w", help='One number an adapter: --weights 0.6 0.4, or "0.6,0.4", or a weights file.'),
+        typer.Option(
+            "--weights", "-w", help='One number an adapter: --weights 0.6 0.4, or "0.6,0.4", or a weights file.'
+        ),
     ] = None,
     rule: Annotated[str, typer.Option(help="linear, cat or svd.")] = "linear",
-    space: Annotated[str, typer.Option(help="delta acts on dW (exact); factors on A and B apart, as PEFT does.")] = "delta",
-    rank: Annotated[Optional[str], typer.Option(help="A number, max or full; the rule's own default if not given.")] = None,  # noqa: UP045
+    space: Annotated[
+        str, typer.Option(help="delta acts on dW (exact); factors on A and B apart, as PEFT does.")
+    ] = "delta",
+    rank: Annotated[
+        str | None, typer.Option(help="A number, max or full; the rule's own default if not given.")
+    ] = None,
     dtype: Annotated[Optional[str], typer.Option(help="fp16, bf16 or fp32; the adapters' if not given.")] = None,  # noqa: UP045
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     assume_same_base: SameBase = False,
@@ -53,7 +59,9 @@ def merge(
     merged.adapter.save(out, overwrite)
     report = merged.report
     if json:
-        stdout.print_json(data=merged.adapter.provenance["merge"] | {"out": str(out), "rank_out": merged.adapter.max_rank})
+        stdout.print_json(
+            data=merged.adapter.provenance["merge"] | {"out": str(out), "rank_out": merged.adapter.max_rank}
+        )
         return
     stdout.print(given)
     stdout.print(
@@ -97,7 +105,9 @@ def _weights(texts: list[str] | None, names: list[str]):  # type: ignore[no-unty
         return Weights.load(texts[0])
     parts = [part for text in texts for part in text.replace(",", " ").split()]
     if len(parts) != len(names):
-        raise LoralloyError(f"--weights gives {len(parts)} numbers for {len(names)} adapters ({', '.join(names)}); give one each")
+        raise LoralloyError(
+            f"--weights gives {len(parts)} numbers for {len(names)} adapters ({', '.join(names)}); give one each"
+        )
     try:
         numbers = [float(part) for part in parts]
     except ValueError as error:

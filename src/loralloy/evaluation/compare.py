@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoralloyError
-from ..stats import accuracy, paired_difference
+from ..stats import accuracy, paired_bootstrap
 from ..weights import Weights
 
 if TYPE_CHECKING:
+    from ..adapter import Adapter
     from ..answer import Answerer
     from ..tasks import Example, Task
 
@@ -51,12 +53,14 @@ class Comparison:
         """Accuracies with 95 % Wilson intervals, and paired bootstrap differences, overall; plain data."""
         routed = self.correct["routed"]
         differences = {
-            "routed - better of base and majority (by task)": paired_difference(routed, self.floor(), seed=seed),
-            "routed - own": paired_difference(routed, self.correct["own"], seed=seed),
-            "routed - uniform": paired_difference(routed, self.correct["uniform"], seed=seed),
+            "routed - better of base and majority (by task)": paired_bootstrap(routed, self.floor(), seed=seed),
+            "routed - own": paired_bootstrap(routed, self.correct["own"], seed=seed),
+            "routed - uniform": paired_bootstrap(routed, self.correct["uniform"], seed=seed),
         }
         if "routed_raw" in self.correct:
-            differences["routed_raw - own"] = paired_difference(self.correct["routed_raw"], self.correct["own"], seed=seed)
+            differences["routed_raw - own"] = paired_bootstrap(
+                self.correct["routed_raw"], self.correct["own"], seed=seed
+            )
         return {
             "n": len(routed),
             "accuracy": {s: accuracy(c).__dict__ for s, c in self.correct.items()},
@@ -75,7 +79,9 @@ def pick_examples(tasks: Sequence[Task], n: int, skip: int = 0) -> list[Example]
         want = each + (i < rest)
         rows = task.examples("test")[skip : skip + want]
         if len(rows) < want:
-            raise LoralloyError(f"task {task.name!r} has {len(rows)} test rows left, not {want}; ask for fewer examples")
+            raise LoralloyError(
+                f"task {task.name!r} has {len(rows)} test rows left, not {want}; ask for fewer examples"
+            )
         picked += rows
     return picked
 
@@ -99,7 +105,7 @@ def compare(
 
     Raises LoralloyError for an unknown system or a task without an adapter.
     """
-    from ..live.base_format import FORMATS
+    from ..live.base_format import BaseFormat
     from ..live.scoring import correct, predict
 
     for system in systems:
@@ -114,7 +120,8 @@ def compare(
     options = [e.options for e in examples]
     outcome: dict[str, list[bool]] = {}
     routing: dict[str, float] = {}
-    formats = {task.name: base_format(bank, task.name) for task in tasks}
+    by_name = {task.name: task for task in tasks}
+    formats = {task.name: base_format(bank[task.name]) for task in tasks}
 
     def run(system: str, prompts: list[str], weights: list[Weights] | None) -> None:
         def rows(indices: list[int]):  # type: ignore[no-untyped-def]
@@ -134,7 +141,7 @@ def compare(
             if progress:
                 progress(system, len(examples))
         elif system == "base":
-            run(system, [FORMATS[formats[e.task]](e, tokenizer) for e in examples], None)
+            run(system, [BaseFormat(formats[e.task]).render(by_name[e.task], e, tokenizer) for e in examples], None)
         elif system == "own":
             run(system, prompts, [Weights({e.task: 1.0}) for e in examples])
         elif system == "uniform":
@@ -153,9 +160,12 @@ def compare(
     return Comparison(tuple(t.name for t in tasks), tuple(e.task for e in examples), outcome, routing, settings)
 
 
-def base_format(bank: Any, task: str) -> str:
-    """The base's best prompt format, chosen on validation rows when the adapter was trained and recorded in it."""
-    return str(bank[task].provenance.get("training", {}).get("base_format", "as_trained"))
+def base_format(adapter: Adapter) -> str:
+    """The base's best prompt format, chosen on validation rows when the adapter was trained (metrics.json)."""
+    path = adapter.path / "metrics.json" if adapter.path else None
+    if path is None or not path.is_file():
+        return "as_trained"
+    return str(json.loads(path.read_text(encoding="utf-8")).get("base_format", {}).get("name", "as_trained"))
 
 
 def _routing(system: str, weights: Sequence[Weights], examples: Sequence[Example]) -> dict[str, float]:

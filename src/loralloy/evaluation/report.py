@@ -28,7 +28,7 @@ def terminal_table(comparison: Comparison, summary: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title=f"accuracy on {summary['n']} held-out examples", title_justify="left", header_style="bold")
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     for system in comparison.correct:
         table.add_column(HEADINGS[system], justify="right")
     for task, row in summary["by_task"].items():
@@ -36,7 +36,9 @@ def terminal_table(comparison: Comparison, summary: dict[str, Any]) -> Any:
     table.add_section()
     total = summary["accuracy"]
     table.add_row("all", *(f"{total[s]['value']:.3f}" for s in comparison.correct), style="bold")
-    table.add_row("95 % interval", *(f"{total[s]['low']:.3f}-{total[s]['high']:.3f}" for s in comparison.correct), style="dim")
+    table.add_row(
+        "95 % interval", *(f"{total[s]['low']:.3f}-{total[s]['high']:.3f}" for s in comparison.correct), style="dim"
+    )
     return table
 
 
@@ -63,7 +65,11 @@ def markdown(comparison: Comparison, summary: dict[str, Any], title: str, comman
         + " | ".join(f"**{total[s]['value']:.3f}** ({total[s]['low']:.3f} to {total[s]['high']:.3f})" for s in systems)
         + " |"
     )
-    lines += ["", "Intervals are 95 % (Wilson). Paired differences, 95 % by bootstrap over examples (10,000 draws, seed 0):", ""]
+    lines += [
+        "",
+        "Intervals are 95 % (Wilson). Paired differences, 95 % by bootstrap over examples (10,000 draws, seed 0):",
+        "",
+    ]
     lines += [f"- {line}" for line in difference_lines(summary)]
     lines += ["", "Routing:", ""] + [f"- {name}: {value:.3f}" for name, value in summary["routing"].items()]
     shown = {k: v for k, v in summary["settings"].items() if k != "adapters"}

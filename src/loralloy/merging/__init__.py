@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import LoralloyError
 from . import cat, linear, svd
-from .merge import Merged, MergeReport, merge
+from .engine import Merged, MergeReport, merge
 from .rule import Rule, Space
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in (linear.RULE, cat.RULE, svd.RULE)}

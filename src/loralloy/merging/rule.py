@@ -33,5 +33,9 @@ class Rule:
         if space in self.spaces:
             return space  # type: ignore[return-value]
         if space in SPACES:
-            raise LoralloyError(f"rule {self.name!r} is defined on {' and '.join(self.spaces)} only; pass --space {self.spaces[0]}")
-        raise LoralloyError(f"space {space!r} is not known; choose delta (acts on dW) or factors (PEFT: on A and B apart)")
+            raise LoralloyError(
+                f"rule {self.name!r} is defined on {' and '.join(self.spaces)} only; pass --space {self.spaces[0]}"
+            )
+        raise LoralloyError(
+            f"space {space!r} is not known; choose delta (acts on dW) or factors (PEFT: on A and B apart)"
+        )

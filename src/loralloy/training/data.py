@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoralloyError
-from ..evaluation.scoring import encode_answer, encode_prompt
+from ..live.scoring import encode_answer, encode_prompt
 
 if TYPE_CHECKING:
     from ..tasks.task import Example

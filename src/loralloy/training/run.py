@@ -143,13 +143,12 @@ def evaluate_adapter(
 ) -> dict[str, Any]:
     """Accuracies of `model` (a PeftModel) and its base: ``{"base_format", "validation", "test"}``, as in metrics.json.
 
-    The base also answers in the prompt format that suits it best on validation rows (:mod:`..evaluation.base_format`).
+    The base also answers in the prompt format that suits it best on validation rows (:mod:`..live.base_format`).
     A split without rows is left out.
     """
-    # training comes before evaluation in the order of imports; the final evaluation alone looks ahead
-    from ..evaluation.base_format import BaseFormat, best_base_format, usable_formats
-    from ..evaluation.scoring import correct, predict
-    from ..evaluation.stats import Accuracy, accuracy, majority
+    from ..live.base_format import BaseFormat, best_base_format, usable_formats
+    from ..live.scoring import correct, predict
+    from ..stats import Accuracy, accuracy, majority
 
     room = config.max_length - 16
 

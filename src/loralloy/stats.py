@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import LoralloyError
+from .errors import LoralloyError
 
 
 @dataclass(frozen=True)

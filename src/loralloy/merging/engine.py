@@ -154,7 +154,9 @@ def _merge_module(
         result, _ = truncate(result, limit)
     stored = result.with_matrices(cast(result.a, dtype, "A"), cast(result.b, dtype, "B"), result.scaling)
     before = difference(result, exact)
-    return stored, ModuleError(norm(exact), before, before if stored.A.dtype == result.A.dtype else difference(stored, exact))
+    return stored, ModuleError(
+        norm(exact), before, before if stored.A.dtype == result.A.dtype else difference(stored, exact)
+    )
 
 
 def _common_dtype(parents: list[Adapter]) -> torch.dtype:

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import tiny
 
 from loralloy.errors import LoralloyError
-from loralloy.evaluation.base_format import FORMATS, best_base_format, usable_formats
-from loralloy.evaluation.scoring import correct, encode_answer, encode_prompt, generate, predict, score_options
 from loralloy.live.base import load_base
+from loralloy.live.base_format import FORMATS, best_base_format, usable_formats
+from loralloy.live.scoring import correct, encode_answer, encode_prompt, generate, predict, score_options
 from loralloy.tasks import Task
 
 PROMPTS = ["short", "Is the sky blue?\nAnswer:", "a somewhat longer prompt than the others, on purpose:", "x y z"] * 3
@@ -54,7 +54,7 @@ def test_equals_one_plain_forward_a_pair(tiny_model: tuple[Any, Any], batch_size
 def test_an_expansion_in_several_parts_and_one_token_options(tiny_model: tuple[Any, Any], monkeypatch: Any) -> None:
     model, tokenizer = tiny_model
     whole = score_options(model, tokenizer, PROMPTS, OPTIONS, batch_size=12)
-    monkeypatch.setattr("loralloy.evaluation.scoring._EXPAND", 0)  # one pair at a time
+    monkeypatch.setattr("loralloy.live.scoring._EXPAND", 0)  # one pair at a time
     parts = score_options(model, tokenizer, PROMPTS, OPTIONS, batch_size=12)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, parts, strict=True))
     # with this byte tokenizer every option has two tokens or more, so a stub gives one each

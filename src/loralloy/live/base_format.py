@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoralloyError
+from ..stats import Accuracy, accuracy
 from .scoring import correct, predict
-from .stats import Accuracy, accuracy
 
 if TYPE_CHECKING:
     from ..tasks.task import Example, Task

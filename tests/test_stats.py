@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loralloy.errors import LoralloyError
-from loralloy.evaluation.stats import accuracy, majority, paired_bootstrap, wilson
+from loralloy.stats import accuracy, majority, paired_bootstrap, wilson
 
 
 def test_wilson_against_published_values() -> None:
