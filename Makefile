@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 MODEL := .assets/models/SmolLM2-135M-Instruct
+# The task files whose adapters the bank has.
+BANK_TASKS = $(patsubst examples/bank/%,examples/tasks/%.yaml,$(wildcard examples/bank/*))
 
 .PHONY: help setup demo report test test-slow lint types ci clean
 
@@ -35,7 +37,7 @@ demo: setup
 	$(PY) -m loralloy demo
 
 report: setup
-	$(PY) -m loralloy index examples/tasks -o .assets/index-report --rows 2000
+	$(PY) -m loralloy index $(BANK_TASKS) -o .assets/index-report --rows 2000
 	$(PY) -m loralloy evaluate --index .assets/index-report --examples 1000 --write docs/results
 
 test: setup

@@ -127,7 +127,7 @@ Four adapters of rank {given.rank} on one {given.width} x {given.width} module, 
 |---|---|---|
 | PEFT {peft.__version__}: `add_weighted_adapter(combination_type="svd")`, one run | {theirs:.1f} | 1 |
 | LoRAlloy: `weighted_sum` + `truncate`, {spread} | {median:.4f} | {theirs / median:,.0f} |
-| LoRAlloy: `merge()`, which also measures its error in float64 | {whole_median:.4f} | {theirs / whole_median:,.0f} |
+| LoRAlloy: `merge()`, which also measures its own error | {whole_median:.4f} | {theirs / whole_median:,.0f} |
 
 | relative error of dW (Frobenius) | |
 |---|---|

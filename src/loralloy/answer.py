@@ -160,8 +160,9 @@ class Answerer:
     def _prompt(self, text: str, weights: Weights, template: str) -> tuple[str, str | None]:
         if template == "none" or (template == "auto" and self.router is None):
             return text, None
-        assert self.router is not None or template != "auto"
-        tasks = self.router.index.tasks if self.router is not None else {}
+        if self.router is None:
+            raise LoralloyError(f"--template {template!r} is looked up in an index; pass --index, or --template none")
+        tasks = self.router.index.tasks
         name = max(weights.names, key=lambda n: weights.of(n)) if template == "auto" else template
         if name not in tasks:
             if template == "auto":

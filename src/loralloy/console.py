@@ -23,4 +23,5 @@ def progress(transient: bool = True) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=transient,
+        disable=not (console.is_terminal or console.is_jupyter),  # elsewhere it would leave an empty line
     )

@@ -111,15 +111,15 @@ def _check_same_module(factors: Sequence[LoraFactors]) -> None:
 def inner(f: LoraFactors, g: LoraFactors) -> float:
     """<dW_f, dW_g> = s_f s_g <B_f^T B_g, A_f A_g^T>, in float64 where the device has it."""
     _check_same_module([f, g])
-    wide = torch.float32 if f.A.device.type == "mps" else torch.float64
+    wide = widest(f.A.device)
     left = f.b.to(wide).T @ g.b.to(wide)
     right = f.a.to(wide) @ g.a.to(wide).T
     return f.scaling * g.scaling * float((left * right).sum())
 
 
-def norm(f: LoraFactors) -> float:
-    """||dW||_F, from the core of the two QRs."""
-    return float(torch.linalg.matrix_norm(_core(f)))
+def norm(f: LoraFactors, dtype: torch.dtype | None = None) -> float:
+    """||dW||_F, from the core of the two QRs, computed in `dtype` (float64 where the device has it)."""
+    return float(torch.linalg.matrix_norm(_core(f, dtype)))
 
 
 def cosine(f: LoraFactors, g: LoraFactors) -> float:
@@ -169,9 +169,14 @@ class _Householder:
         return torch.ormqr(self.reflectors, self.tau, padded)
 
 
-def _core(f: LoraFactors) -> Tensor:
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _core(f: LoraFactors, dtype: torch.dtype | None = None) -> Tensor:
     """s R_b R_a^T, [<= r, <= r], with the norm and the singular values of dW; float64 where the device has it."""
-    wide = torch.float32 if f.A.device.type == "mps" else torch.float64
+    wide = dtype or widest(f.A.device)
     r_b = torch.linalg.qr(f.b.to(wide), mode="r").R
     r_a = torch.linalg.qr(f.a.to(wide).T, mode="r").R
     return f.scaling * (r_b @ r_a.T)
@@ -213,10 +218,10 @@ def relative_error(f: LoraFactors, exact: LoraFactors) -> float:
     return lost / total if total > 0 else (0.0 if lost == 0 else math.inf)
 
 
-def difference(f: LoraFactors, g: LoraFactors) -> float:
-    """||dW_f - dW_g||_F, without cancellation: the norm of one stacked set of factors."""
-    wide = torch.float32 if f.A.device.type == "mps" else torch.float64
-    return norm(weighted_sum([f.to(wide), g.to(wide)], [1.0, -1.0]))
+def difference(f: LoraFactors, g: LoraFactors, dtype: torch.dtype | None = None) -> float:
+    """||dW_f - dW_g||_F, without cancellation: the norm of one stacked set of factors, computed in `dtype` as `norm`."""
+    wide = dtype or widest(f.A.device)
+    return norm(weighted_sum([f.to(wide), g.to(wide)], [1.0, -1.0]), wide)
 
 
 def pad(f: LoraFactors, rank: int) -> LoraFactors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -10,18 +9,7 @@ import tiny
 import torch
 
 from loralloy.errors import LoralloyError
-from loralloy.live.base import base_fingerprint, load_base, parse_ref, pick_device, pick_dtype
-
-
-def test_references(tmp_path: Path) -> None:
-    assert parse_ref("org/name@abc") == ("org/name", "abc")
-    assert parse_ref("org/name") == ("org/name", None)
-    odd = tmp_path / "a@b"
-    odd.mkdir()
-    assert parse_ref(str(odd)) == (str(odd), None)
-    for wrong in ("@abc", "org/name@", ""):
-        with pytest.raises(LoralloyError, match="org/name@rev"):
-            parse_ref(wrong)
+from loralloy.live.base import _fast_cpu_dtype, base_fingerprint, load_base, pick_device, pick_dtype
 
 
 def test_refusals_say_the_way_out(tmp_path: Path) -> None:
@@ -31,6 +19,8 @@ def test_refusals_say_the_way_out(tmp_path: Path) -> None:
         load_base(str(tmp_path))
     with pytest.raises(LoralloyError, match=r"no-org/no-model@0"):  # the tests run offline
         load_base("no-org/no-model@0")
+    with pytest.raises(LoralloyError, match="org/model@<commit or tag>"):  # an unpinned id is another model next year
+        load_base("org/model")
     with pytest.raises(LoralloyError, match="int8"):
         load_base(str(tiny.save_model(tmp_path / "m")), "int8", "cpu")
     with pytest.raises(LoralloyError, match="warp"):
@@ -40,9 +30,8 @@ def test_refusals_say_the_way_out(tmp_path: Path) -> None:
 def test_dtype_auto() -> None:
     assert pick_dtype("auto", torch.device("cuda")) is torch.bfloat16
     assert pick_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
-    start = time.perf_counter()
     pick_dtype("auto", torch.device("cpu"))
-    assert time.perf_counter() - start < 0.01  # measured once
+    assert _fast_cpu_dtype.cache_info().misses == 1  # measured once
 
 
 def test_fingerprint_knows_the_weights_and_nothing_else(tmp_path: Path) -> None:
@@ -65,11 +54,9 @@ def test_fingerprint_knows_the_weights_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_fingerprint_of_the_real_base_is_quick_and_dtype_free(real_model_folder: Path) -> None:
+def test_fingerprint_of_the_real_base_does_not_depend_on_the_dtype(real_model_folder: Path) -> None:
     marks = []
     for dtype in ("bfloat16", "float32"):
         model, _ = load_base(str(real_model_folder), dtype, "cpu")
-        start = time.perf_counter()
         marks.append(base_fingerprint(model))
-        assert time.perf_counter() - start < 1
     assert marks[0] == marks[1]

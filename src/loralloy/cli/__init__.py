@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 for module in (ask, route, merge, inspect, index, train, evaluate, demo):
     command = getattr(module, module.__name__.rsplit(".", 1)[-1])
-    app.command()(command)
+    app.command(cls=getattr(module, "COMMAND", None))(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -40,13 +40,17 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app(standalone_mode=True)
+        app(prog_name="loralloy")
     except LoralloyError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library had to say
+        sys.exit(1)
+    except BrokenPipeError:  # `loralloy ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `loralloy ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)

@@ -36,7 +36,9 @@ def ask(
     model: ModelOption = MODEL,
     options: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--options", help='Answers to choose from by log-likelihood: --options "ham,spam", or repeated.'),
+        typer.Option(
+            "--options", help='Answers to choose from by log-likelihood: --options "ham,spam", or one each time.'
+        ),
     ] = None,
     weights: Annotated[Optional[str], typer.Option(help="A weights file to use instead of routing.")] = None,  # noqa: UP045
     rule: Annotated[str, typer.Option(help="linear, cat or svd.")] = "linear",
@@ -49,7 +51,7 @@ def ask(
     p: P = 0.9,
     kernel: Kernel = "exp",
     temperature: Temperature = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Limit of a free answer.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of a free answer.")] = 32,
     dtype: DtypeOption = "auto",
     assume_same_base: SameBase = False,
     json: Json = False,
@@ -67,15 +69,19 @@ def ask(
 
     checked = get_rule(rule).check_space(space)
     cut = parse_rank(rank)
-    choices = [part.strip() for text in options or [] for part in text.split(",") if part.strip()]
+    listed = options[0].split(",") if options and len(options) == 1 else options or []  # repeated: commas are text
+    choices = list(dict.fromkeys(text.strip() for text in listed if text.strip()))
     if options is not None and len(choices) < 2:
         raise LoralloyError('--options needs at least two answers, e.g. --options "ham,spam"')
     adapters = Bank.load(bank, assume_same_base)
     given = Weights.load(weights) if weights else None
-    opened = None if given else open_router(index, adapters, k, p, kernel, temperature)
+    needed = given is None or template not in ("auto", "none")  # a template by name is looked up in the index
+    opened = open_router(index, adapters, k, p, kernel, temperature) if needed else None
     if opened and not json and opened.index.names and set(opened.index.names) - set(adapters.names):
         left = ", ".join(sorted(set(opened.index.names) - set(adapters.names)))
-        console.print(f"tasks of the index that have no adapter in {bank} are left out: {left}", markup=False)
+        console.print(
+            f"tasks of the index that have no adapter in {bank} are left out: {left}", markup=False, soft_wrap=True
+        )
     loaded, tokenizer, base = load_model(model, dtype)
     answerer = Answerer(loaded, tokenizer, adapters, opened, base)
     answer = answerer.ask(question, choices, given, rule, checked, cut, template, max_new_tokens)
@@ -116,20 +122,20 @@ def show(answer: Answer) -> None:
     stdout.print(answer.weights)
     neighbours = answer.weights.explain.get("neighbours", [])[:3]
     if neighbours:
-        table = Table(box=None, pad_edge=False, header_style="dim")
+        table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
         for heading in ("nearest examples", "distance", "task"):
-            table.add_column(heading, no_wrap=heading != "nearest examples", overflow="ellipsis")
-        for n in neighbours:
-            text = " ".join(
-                n["text"].split("\n", 1)[-1].split()
-            )  # without the hint, which is the same for a whole task
-            table.add_row(
-                Text(text[:88] + ("…" if len(text) > 88 else ""), style="dim"), f"{n['distance']:.3f}", n["task"]
+            table.add_column(
+                heading, no_wrap=True, overflow="ellipsis", ratio=1 if heading == "nearest examples" else None
             )
+        for n in neighbours:
+            text = " ".join(n["text"].split("\n", 1)[-1].split())  # without the hint: a whole task has the same
+            table.add_row(Text(text, style="dim"), f"{n['distance']:.3f}", n["task"])
         stdout.print(table)
     form = f"; prompt in the form of {answer.template}" if answer.template else ""
     exact = "composed live, exact" if answer.error == 0 else f"merged, relative error {answer.error:.2e}"
     stdout.print(Text(f"rule {answer.rule} ({answer.space} space): {exact}{form}", style="dim"))
+    if answer.scores:
+        stdout.print(Text("log-likelihood of each option, in nats:", style="dim"))
     for option, score in sorted(answer.scores.items(), key=lambda item: -item[1]):
         stdout.print(Text(f"  {score:9.3f}  {option}", style="bold" if option == answer.text else "dim"))
     stdout.print(Text.assemble(("answer: ", "bold"), (answer.text, "bold green")))

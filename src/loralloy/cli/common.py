@@ -60,7 +60,8 @@ def load_model(model: str, dtype: str) -> tuple[Any, Any, BaseRef]:
     """The base model, its tokenizer, and what it is."""
     from ..base_ref import BaseRef
     from ..console import console
-    from ..live.base import base_fingerprint, load_base, parse_ref
+    from ..hub import parse_ref
+    from ..live.base import base_fingerprint, load_base
 
     with console.status("loading the base model"):
         loaded, tokenizer = load_base(model, dtype)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import BANK, INDEX, MODEL, BankOption, DtypeOption, IndexOption, ModelOption, load_model
-from .evaluate import TASKS, show, table
+from .evaluate import TASKS, show, table, with_adapter
 
 
 def demo(
@@ -17,26 +17,27 @@ def demo(
     index: IndexOption = INDEX,
     model: ModelOption = MODEL,
     rows: Annotated[int, typer.Option(help="Training rows a task to index, if the index is not there yet.")] = 300,
-    questions: Annotated[int, typer.Option(help="Held-out questions to show.")] = 12,
-    examples: Annotated[int, typer.Option("--examples", "-n", help="Held-out examples in the table.")] = 200,
+    questions: Annotated[int, typer.Option(min=1, help="Held-out questions to show.")] = 12,
+    examples: Annotated[int, typer.Option("--examples", "-n", min=1, help="Held-out examples in the table.")] = 200,
     dtype: DtypeOption = "auto",
 ) -> None:
     """Index the tasks, ask held-out questions of different tasks, and compare four ways to answer. `make demo` runs it.
 
     Example: loralloy demo --questions 20
     """
+    from rich.text import Text
+
     from ..answer import Answerer
     from ..bank import Bank
     from ..console import out as stdout
     from ..evaluation.compare import pick_examples
     from ..retrieval import Index
-    from ..tasks import load_tasks
     from .ask import open_router
     from .ask import show as show_answer
 
     start = time.perf_counter()
     adapters = Bank.load(bank)
-    given = [task for task in load_tasks(tasks) if task.name in adapters]
+    given = with_adapter(tasks, adapters)
     stdout.rule(f"1. index: {len(given)} tasks, {rows} training rows each, never an answer")
     if not {task.name for task in given} <= indexed(index):  # one that is there may hold more rows: keep it
         Index.build(index, given, rows=rows, progress=True).close()
@@ -51,11 +52,10 @@ def demo(
     for example in shown:
         answer = answerer.ask(example.query, example.options)
         show_answer(answer)
-        mark = "[green]right[/green]" if answer.text == example.answer else f"[red]wrong[/red], it is {example.answer}"
-        stdout.print(
-            f"{mark}  ({answer.seconds['route'] * 1000:.0f} ms to route, {answer.seconds['answer'] * 1000:.0f} to answer)"
-        )
-        stdout.print()
+        right = answer.text == example.answer
+        mark = ("right", "green") if right else Text.assemble(("wrong", "red"), f", it is {example.answer}")
+        took = f"{answer.seconds['route'] * 1000:.0f} ms to route, {answer.seconds['answer'] * 1000:.0f} to answer"
+        stdout.print(Text.assemble(mark, f"  ({took})\n"))
 
     skip = -(-questions // len(given))  # the table's examples are not the ones just shown
     held_out = pick_examples(given, examples, skip)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import LoralloyError
 from .common import (
     BANK,
     INDEX,
@@ -26,6 +29,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..answer import Answerer
+    from ..bank import Bank
     from ..evaluation.compare import Comparison
     from ..tasks import Example, Task
 
@@ -39,13 +43,13 @@ def evaluate(
     bank: BankOption = BANK,
     index: IndexOption = INDEX,
     model: ModelOption = MODEL,
-    examples: Annotated[int, typer.Option("--examples", "-n", help="Held-out examples in all.")] = 1000,
+    examples: Annotated[int, typer.Option("--examples", "-n", min=1, help="Held-out examples in all.")] = 1000,
     k: K = 100,
     p: P = 0.9,
     kernel: Kernel = "exp",
     temperature: Temperature = 1.0,
     dtype: DtypeOption = "auto",
-    batch_size: Annotated[int, typer.Option(help="Examples a forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a forward pass.")] = 16,
     write: Annotated[OptionalPath, typer.Option(help="Also write report.md, report.json and report.png here.")] = None,
     assume_same_base: SameBase = False,
     json: Json = False,
@@ -59,11 +63,10 @@ def evaluate(
     from ..console import out as stdout
     from ..evaluation.compare import pick_examples
     from ..evaluation.report import write as write_report
-    from ..tasks import load_tasks
     from .ask import open_router
 
     adapters = Bank.load(bank, assume_same_base)
-    given = [task for task in load_tasks(tasks) if task.name in adapters]
+    given = with_adapter(tasks, adapters)
     rows = pick_examples(given, examples)
     router = open_router(index, adapters, k, p, kernel, temperature)
     router.index.check_template(given)
@@ -74,9 +77,22 @@ def evaluate(
     else:
         show(comparison, summary)
     if write:
-        command = f"loralloy evaluate --examples {examples} --write {write}"
+        command = shlex.join(["loralloy", *sys.argv[1:]])
         notes = [f"Model loaded in {str(next(loaded.parameters()).dtype).removeprefix('torch.')}; {versions()}."]
         write_report(comparison, summary, write, "report", "Routed composition on held-out examples", command, notes)
+
+
+def with_adapter(tasks: str, bank: Bank) -> list[Task]:
+    """The tasks of these files that have an adapter in the bank. Raises LoralloyError when none has."""
+    from ..tasks import load_tasks
+
+    loaded = load_tasks(tasks)
+    if given := [task for task in loaded if task.name in bank]:
+        return given
+    raise LoralloyError(
+        f"--tasks {tasks} holds {', '.join(task.name for task in loaded)} and --bank {', '.join(bank.names)}: no name in "
+        "common. Adapters are found by the name of their task; rename the folders, or give the right tasks"
+    )
 
 
 def table(

@@ -68,4 +68,4 @@ def index(
             changed = overwrite or built.add(task, rows, seed, force=replace, progress=True)
             out.print(f"{'indexed' if changed else 'unchanged'} {task.name}: {built.tasks[task.name].rows} rows")
         kind = f"store {built.manifest.store}, template {built.manifest.template}, embedder {built.manifest.embedder}"
-        out.print(f"{output}: {len(built.tasks)} tasks, {len(built)} rows; {kind}", soft_wrap=True)
+        out.print(f"{output}: {len(built.tasks)} tasks, {len(built)} rows; {kind}", markup=False, soft_wrap=True)

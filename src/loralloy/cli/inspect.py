@@ -33,14 +33,16 @@ def inspect(
     if json:
         stdout.print_json(data=data)
         return
-    stdout.print(Text.assemble((loaded.name, "bold"), f", a LoRA adapter of {loaded.base}"))
+    stdout.print(Text.assemble((loaded.name, "bold"), f", a LoRA adapter of {loaded.base}"), soft_wrap=True)
     stdout.print(
         f"{len(loaded)} modules, rank {_span([m['rank'] for m in data['modules']])}, "
-        f"scaling {_span([m['scaling'] for m in data['modules']])}, {data['dtype']}, licence {data['licence'] or 'not stated'}"
+        f"scaling {_span([m['scaling'] for m in data['modules']])}, {data['dtype']}, licence {data['licence'] or 'not stated'}",
+        markup=False,
+        soft_wrap=True,
     )
-    stdout.print(f"content {data['content_hash']}")
+    stdout.print(f"content {data['content_hash']}", soft_wrap=True)
     if loaded.extra:
-        stdout.print(f"also saves whole: {', '.join(loaded.extra)}")
+        stdout.print(f"also saves whole: {', '.join(loaded.extra)}", markup=False)
     table = Table(box=None, pad_edge=False)
     if modules:
         for heading in ("module", "rank", "out x in", "norm of dW", ""):

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from typer.core import TyperCommand
 
 from ..errors import LoralloyError
 from .common import Json, SameBase, parse_dtype, parse_rank
+
+if TYPE_CHECKING:
+    from ..weights import Weights
+
+
+class MergeCommand(TyperCommand):
+    """`--weights 0.6 -0.4`: an option takes one value, so the numbers after it are made one before they are parsed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        joined: list[str] = []
+        for text in args:
+            if len(joined) > 1 and joined[-2] in ("--weights", "-w") and _numbers(joined[-1]) and _numbers(text):
+                joined[-1] += f",{text}"
+            else:
+                joined.append(text)
+        return super().parse_args(ctx, joined)
+
+
+COMMAND = MergeCommand
 
 
 def merge(
@@ -48,14 +68,12 @@ def merge(
     chosen = get_rule(rule)
     checked = chosen.check_space(space)
     check_free(out.absolute(), overwrite)
-    adapters, weights = _part(adapters, weights)
+    cut, stored = parse_rank(rank), parse_dtype(dtype)
     bank = Bank.load(adapters, assume_same_base)
     given = _weights(weights, bank.names)
     with progress() as bar:
         task = bar.add_task(f"{rule} ({space})", total=len(bank.modules))
-        merged = run(
-            bank, given, chosen, checked, parse_rank(rank), parse_dtype(dtype), out.name, lambda _: bar.advance(task)
-        )
+        merged = run(bank, given, chosen, checked, cut, stored, out.name, lambda _: bar.advance(task))
     merged.adapter.save(out, overwrite)
     report = merged.report
     if json:
@@ -64,8 +82,9 @@ def merge(
         )
         return
     stdout.print(given)
+    how = f" ({report.rank})" if report.rank in ("max", "full") else ""
     stdout.print(
-        f"rule {report.rule}, {report.space} space, rank {merged.adapter.max_rank} ({report.rank}), "
+        f"rule {report.rule}, {report.space} space, rank {merged.adapter.max_rank}{how}, "
         f"{len(merged.adapter)} modules, stored as {report.dtype}"
     )
     stdout.print(
@@ -76,40 +95,38 @@ def merge(
         worst = ", ".join(f"{module} {error:.2f}" for module, error in report.worst(3))
         stdout.print(f"largest by module: {worst}")
     for note in report.notes:
-        stdout.print(f"note: {note}", markup=False)
-    stdout.print(f"wrote {out}", markup=False)
+        stdout.print(f"note: {note}", markup=False, soft_wrap=True)
+    stdout.print(f"wrote {out}", markup=False, soft_wrap=True)
 
 
-def _part(adapters: list[str], weights: list[str] | None) -> tuple[list[str], list[str] | None]:
-    """`A B --weights 0.6 0.4`: an option takes one value, so the numbers after it arrive among the adapters."""
-    if not weights:
-        return adapters, weights
-    numbers = [text for text in adapters if _is_number(text) and not Path(text).exists()]
-    return [text for text in adapters if text not in numbers], [*weights, *numbers]
-
-
-def _is_number(text: str) -> bool:
+def _numbers(text: str) -> list[float] | None:
+    """The numbers of `0.6`, `0.6,0.4` or `0.6 0.4`; None if it is anything else."""
     try:
-        float(text)
+        return [float(part) for part in text.replace(",", " ").split()] or None
     except ValueError:
-        return False
-    return True
+        return None
 
 
-def _weights(texts: list[str] | None, names: list[str]):  # type: ignore[no-untyped-def]
+def _weights(texts: list[str] | None, names: list[str]) -> Weights:
     from ..weights import Weights
 
     if not texts:
         return Weights.uniform(names)
     if len(texts) == 1 and Path(texts[0]).is_file():
         return Weights.load(texts[0])
-    parts = [part for text in texts for part in text.replace(",", " ").split()]
-    if len(parts) != len(names):
+    values: list[float] = []
+    for text in texts:
+        found = _numbers(text)
+        if found is None:
+            raise LoralloyError(
+                f"--weights {text!r} is neither a number nor a weights file that exists; give one of them"
+            )
+        values += found
+    if len(values) != len(names):
         raise LoralloyError(
-            f"--weights gives {len(parts)} numbers for {len(names)} adapters ({', '.join(names)}); give one each"
+            f"--weights gives {len(values)} numbers for {len(names)} adapters ({', '.join(names)}); give one each"
         )
     try:
-        numbers = [float(part) for part in parts]
-    except ValueError as error:
-        raise LoralloyError(f"--weights: {error}; give numbers, or one weights file") from None
-    return Weights(dict(zip(names, numbers, strict=True)))
+        return Weights(dict(zip(names, values, strict=True)))
+    except LoralloyError as error:
+        raise error.within("--weights") from None

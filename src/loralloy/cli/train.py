@@ -76,6 +76,8 @@ def train(
     Stopped by Ctrl-C or killed, it leaves OUTPUT as it was; OUTPUT.training beside it holds the checkpoints from which
     the same command goes on.
     """
+    from rich.text import Text
+
     from ..console import out
     from ..training import TrainConfig
     from ..training import train as run
@@ -91,7 +93,8 @@ def train(
         save_every=save_every, resume=resume, overwrite=overwrite, tracker=tracker, evaluate=evaluate,
         eval_limit=eval_limit, eval_batch_size=eval_batch_size, licence=licence,
     )  # fmt: skip
-    out.print(f"[bold]{output}[/bold]  {metrics['training']['steps']} steps in {metrics['training']['seconds']:.0f} s")
+    trained = f"  {metrics['training']['steps']} steps in {metrics['training']['seconds']:.0f} s"
+    out.print(Text.assemble((str(output), "bold"), trained), soft_wrap=True)
     if "test" in metrics:
         out.print(accuracy_table(metrics))
 

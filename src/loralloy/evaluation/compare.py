@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoralloyError
-from ..stats import accuracy, paired_bootstrap
+from ..stats import accuracy, majority, paired_bootstrap
 from ..weights import Weights
 
 if TYPE_CHECKING:
@@ -51,18 +50,18 @@ class Comparison:
 
     def summary(self, seed: int = 0) -> dict[str, Any]:
         """Accuracies with 95 % Wilson intervals, and paired bootstrap differences, overall; plain data."""
-        routed = self.correct["routed"]
+        outcomes = dict(self.correct)
+        floor = "better of base and majority (by task)"
+        if {"base", "majority"} <= outcomes.keys():
+            outcomes[floor] = self.floor()
+        pairs = [("routed", floor), ("routed", "own"), ("routed", "uniform"), ("routed_raw", "own")]
         differences = {
-            "routed - better of base and majority (by task)": paired_bootstrap(routed, self.floor(), seed=seed),
-            "routed - own": paired_bootstrap(routed, self.correct["own"], seed=seed),
-            "routed - uniform": paired_bootstrap(routed, self.correct["uniform"], seed=seed),
+            f"{a} - {b}": paired_bootstrap(outcomes[a], outcomes[b], seed=seed)
+            for a, b in pairs
+            if a in outcomes and b in outcomes
         }
-        if "routed_raw" in self.correct:
-            differences["routed_raw - own"] = paired_bootstrap(
-                self.correct["routed_raw"], self.correct["own"], seed=seed
-            )
         return {
-            "n": len(routed),
+            "n": len(self.example_tasks),
             "accuracy": {s: accuracy(c).__dict__ for s, c in self.correct.items()},
             "difference": {k: {"value": v.value, "low": v.low, "high": v.high} for k, v in differences.items()},
             "by_task": {t: {s: accuracy(self.of(s, t)).__dict__ for s in self.correct} for t in self.tasks},
@@ -73,6 +72,10 @@ class Comparison:
 
 def pick_examples(tasks: Sequence[Task], n: int, skip: int = 0) -> list[Example]:
     """n test examples in all, as even over the tasks as they go, in hash order after the first `skip` of each task."""
+    if not tasks or n < 1:
+        raise LoralloyError(
+            f"{n} examples of {len(tasks)} tasks: there is nothing to answer; give at least one of each"
+        )
     each, rest = divmod(n, len(tasks))
     picked: list[Example] = []
     for i, task in enumerate(tasks):
@@ -136,7 +139,7 @@ def compare(
     for system in systems:
         prompts = [e.prompt for e in examples]
         if system == "majority":
-            common = {t.name: Counter(e.answer for e in t.examples("train")).most_common(1)[0][0] for t in tasks}
+            common = {t.name: majority([e.answer for e in t.examples("train")])[0] for t in tasks}
             outcome[system] = [e.answer == common[e.task] for e in examples]
             if progress:
                 progress(system, len(examples))
@@ -157,7 +160,10 @@ def compare(
         "index_rows": len(router.index), "template": router.index.manifest.template, "base_formats": formats,
         "adapters": {name: bank[name].content_hash for name in bank.names},
     }  # fmt: skip
-    return Comparison(tuple(t.name for t in tasks), tuple(e.task for e in examples), outcome, routing, settings)
+    asked = {e.task for e in examples}
+    return Comparison(
+        tuple(t.name for t in tasks if t.name in asked), tuple(e.task for e in examples), outcome, routing, settings
+    )
 
 
 def base_format(adapter: Adapter) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,8 @@ def terminal_table(comparison: Comparison, summary: dict[str, Any]) -> Any:
     table.add_section()
     total = summary["accuracy"]
     table.add_row("all", *(f"{total[s]['value']:.3f}" for s in comparison.correct), style="bold")
-    table.add_row(
-        "95 % interval", *(f"{total[s]['low']:.3f}-{total[s]['high']:.3f}" for s in comparison.correct), style="dim"
-    )
+    for end, heading in (("low", "95 % from"), ("high", "95 % to")):  # two rows: a range does not fit in 80 columns
+        table.add_row(heading, *(f"{total[s][end]:.3f}" for s in comparison.correct), style="dim")
     return table
 
 
@@ -102,7 +102,9 @@ def plot(summary: dict[str, Any], systems: list[str], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=len(systems), fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.12))
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    atomic_file(path, picture.getvalue())
     plt.close(figure)
 
 

@@ -10,26 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import hub
 from ..errors import LoralloyError
 
 FINGERPRINT = "bf16-sampled-v1"
 _SAMPLES = 4096  # elements a tensor; enough that two trainings of one architecture cannot agree by chance
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def parse_ref(ref: str) -> tuple[str, str | None]:
-    """``org/name@rev`` -> ``("org/name", "rev")``; a folder, or a ref without ``@``, has revision None.
-
-    Raises LoralloyError for an empty name or revision.
-    """
-    if Path(ref).is_dir() or "@" not in ref:
-        if not ref:
-            raise LoralloyError("the model is empty; give a folder or a hub id such as org/name@revision")
-        return ref, None
-    name, _, revision = ref.rpartition("@")
-    if not name or not revision:
-        raise LoralloyError(f"{ref!r}: expected org/name@revision with neither side empty")
-    return name, revision
 
 
 def pick_device(device: str = "auto") -> Any:
@@ -83,14 +70,10 @@ def pick_dtype(dtype: str, device: Any) -> Any:
     return getattr(torch, dtype)
 
 
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") != 1 or (os.sep != "/" and os.sep in name)
-
-
 def load_base(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer for inference: ``(model.eval(), tokenizer)``.
 
-    model: a folder in transformers' format, or a hub id ``org/name@revision`` (HF_HUB_OFFLINE is respected; only
+    model: a folder in transformers' format, or a hub id with a pinned ``org/name@revision`` (HF_HUB_OFFLINE is respected; only
     safetensors are read, never a pickle). dtype: "auto", "float32", "bfloat16" or "float16" (see :func:`pick_dtype`).
     The tokenizer pads on the left and always has a pad token.
 
@@ -98,32 +81,21 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto") -> tuple[An
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name, revision = parse_ref(str(model))
+    if not model:
+        raise LoralloyError("the model is empty; give a folder, or a hub id as org/name@revision")
     target = pick_device(device)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise LoralloyError(
-                f"{folder} has no config.json, so it is no transformers model; `make setup` builds the demo's"
-            )
-        name = str(folder)
-    elif _looks_like_path(name):
-        raise LoralloyError(
-            f"{name}: no such model folder; `make setup` makes .assets/models/SmolLM2-135M-Instruct, "
-            "or give a hub id such as org/name@revision"
-        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=pick_dtype(dtype, target), use_safetensors=True
-        )
+        folder = hub.resolve(os.path.expanduser(model), "model", _MODEL_FILES)
+    except LoralloyError as error:
+        raise LoralloyError(f"{error} (`make setup` makes the demo's model, .assets/models/SmolLM2-135M-Instruct)") from None
+    if not (folder / "config.json").is_file():
+        raise LoralloyError(f"{folder} has no config.json, so it is no transformers model; `make setup` builds the demo's")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=pick_dtype(dtype, target), use_safetensors=True)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = f"{name}@{revision}" if revision else name
-        raise LoralloyError(
-            f"cannot load the model {where}: {first} (check the id and revision; offline, it must be in the Hugging "
-            "Face cache already, or pass a folder: `make setup` makes the demo's)"
-        ) from error
+        raise LoralloyError(f"cannot load the model {model}: {first} (fetch it again, or pass another folder)") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise LoralloyError(f"the tokenizer of {name} has neither a pad nor an eos token; set one in its config")

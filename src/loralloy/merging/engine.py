@@ -14,11 +14,12 @@ from ..adapter import Adapter
 from ..adapter_config import AdapterConfig
 from ..bank import Bank
 from ..errors import LoralloyError
-from ..factors import LoraFactors, difference, norm, pad, truncate, weighted_sum
+from ..factors import LoraFactors, difference, norm, pad, truncate, weighted_sum, widest
 from ..saving import cast, dtype_name
 from ..weights import Weights
 from .rule import Rule, Space
 
+_SMALL = 1e-3  # relative; float32 measures larger errors to four digits or better
 Rank: TypeAlias = "int | Literal['max', 'full']"
 
 
@@ -126,8 +127,8 @@ def merge(
             raise error.within(f"module {module!r} of {', '.join(p.name for p in having)}") from None
         if on_module:
             on_module(module)
-    widest = max((f.rank for f in merged.values()), default=1)
-    merged = {module: pad(f, widest) for module, f in merged.items()}
+    top = max((f.rank for f in merged.values()), default=1)
+    merged = {module: pad(f, top) for module, f in merged.items()}
 
     extra, notes = _extra(parents, weights)
     report = MergeReport(chosen.name, space, str(rank), dtype_name(dtype), errors, notes)
@@ -135,7 +136,7 @@ def merge(
     adapter = Adapter(
         name,
         merged,
-        _config(parents, set(merged), widest, bank),
+        _config(parents, set(merged), top, bank),
         bank.base,
         {key: cast(tensor, dtype, f"tensor {key!r}") for key, tensor in extra.items()},
         {"merge": _record(parents, weights, report)},
@@ -153,10 +154,22 @@ def _merge_module(
     if limit < result.rank:
         result, _ = truncate(result, limit)
     stored = result.with_matrices(cast(result.a, dtype, "A"), cast(result.b, dtype, "B"), result.scaling)
-    before = difference(result, exact)
-    return stored, ModuleError(
-        norm(exact), before, before if stored.A.dtype == result.A.dtype else difference(stored, exact)
-    )
+    return stored, _measure(result, stored, exact, factors, weights)
+
+
+def _measure(
+    result: LoraFactors, stored: LoraFactors, exact: LoraFactors, factors: list[LoraFactors], weights: list[float]
+) -> ModuleError:
+    """The error of one module. Small errors are measured again in float64, against a float64 sum: float32 has its own."""
+    same = stored.A.dtype == result.A.dtype
+    for wide in dict.fromkeys([exact.A.dtype, widest(exact.A.device)]):
+        if wide != exact.A.dtype:
+            exact = weighted_sum([f.to(wide) for f in factors], weights)
+        total, before = norm(exact, wide), difference(result, exact, wide)
+        after = before if same else difference(stored, exact, wide)
+        if min(before, after) > _SMALL * total:
+            break
+    return ModuleError(total, before, after)
 
 
 def _common_dtype(parents: list[Adapter]) -> torch.dtype:

@@ -56,7 +56,8 @@ def train(
     Raises LoralloyError before any work when `output` exists (without overwrite) or an option is wrong, and when a
     checkpoint belongs to other settings.
     """
-    from ..live.base import load_base, parse_ref
+    from ..hub import parse_ref
+    from ..live.base import load_base
     from ..tasks.task import Task
 
     target = Path(output).absolute()
@@ -72,8 +73,6 @@ def train(
     examples = task.examples("train", config.limit)
     base, tokenizer = load_base(model, dtype, device)
     name, revision = parse_ref(base_name or model)
-    if revision is None and base_name is None and not Path(name).is_dir():
-        revision = getattr(base.config, "_commit_hash", None)  # an unpinned hub id: pin what was loaded
     local = model if Path(model).is_dir() else None
     record = output_files.base_record(base, local, name, revision)
     encoded, cuts = encode_examples(tokenizer, examples, task.hint, config.max_length)

@@ -1,0 +1,129 @@
+"""Killed or interrupted at any moment, a command leaves what was there or what was asked for, and runs again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers import delta, relative
+from loralloy.adapter import Adapter
+from loralloy.retrieval import HashEmbedder, Index
+from world import build_index
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+
+KILLS = """
+import os, random, signal, sys, time
+from loralloy.adapter import Adapter
+from loralloy.cli import main
+from loralloy.merging import merge
+bank, target, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def overwrite_for_ever(first):
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    while True:
+        for adapter in ("spam", "weather")[first:]:
+            sys.argv = ["loralloy", "merge", f"{bank}/{adapter}", "-o", target, "--overwrite"]
+            main()
+        first = 0
+
+rng, seen = random.Random(0), set()
+for kill in range(kills):
+    child = os.fork()
+    if child == 0:
+        overwrite_for_ever(kill % 2)
+    time.sleep(rng.uniform(0.02, 0.3))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    adapter = Adapter.load(target).validate()  # never missing, never torn
+    assert sorted(os.listdir(target)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    seen.add(adapter.provenance["merge"]["parents"][0]["name"])
+print(*sorted(seen))
+"""
+
+
+def test_kill_9_while_overwriting(cli, world, tmp_path):
+    target = tmp_path / "out"
+    assert cli("merge", world.bank / "spam", "-o", target).code == 0
+    command = [sys.executable, "-c", KILLS, str(world.bank), str(target), "25"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["spam", "weather"]  # both were met: the kills fell among whole runs
+    assert cli("merge", world.bank / "cooking", "-o", target, "--overwrite").code == 0
+    assert os.listdir(tmp_path) == ["out"]  # the next run has cleared what the killed left
+    got, want = delta(Adapter.load(target).validate()), delta(Adapter.load(world.bank / "cooking"))
+    assert max(relative(got[m], want[m]) for m in want) < 1e-3
+
+
+def interrupt(tmp_path, patch, *arguments):
+    """Run the command with `patch` done first, and press Ctrl-C once the file `busy` is there."""
+    busy = tmp_path / "busy"
+    code = f"{patch}\nfrom loralloy.cli import main\nmain()"
+    command = [sys.executable, "-c", code.format(busy=str(busy)), *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not busy.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert busy.exists(), err
+    busy.unlink()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and "error" not in err.lower()
+    return out
+
+
+SLOW_MERGE = """
+import pathlib, time
+import loralloy.merging.engine as engine
+real = engine._merge_module
+def slow(*arguments):
+    pathlib.Path({busy!r}).touch()
+    time.sleep(0.5)
+    return real(*arguments)
+engine._merge_module = slow
+"""
+
+
+def test_ctrl_c_during_merge(cli, world, tmp_path):
+    target = tmp_path / "out" / "m"
+    assert cli("merge", world.bank / "spam", "-o", target).code == 0
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+    out = interrupt(tmp_path, SLOW_MERGE, "merge", world.bank / "weather", "-o", target, "--overwrite")
+    assert out == "" and {p.name: p.read_bytes() for p in target.iterdir()} == before
+    assert os.listdir(target.parent) == ["m"]
+    assert cli("merge", world.bank / "weather", "-o", target, "--overwrite").code == 0
+
+
+SLOW_INDEX = """
+import pathlib, time
+import loralloy.retrieval as retrieval, loralloy.retrieval.index as index
+class Slow(retrieval.HashEmbedder):
+    def encode(self, texts, progress=False):
+        pathlib.Path({busy!r}).touch()
+        time.sleep(60)
+retrieval.Embedder = index.Embedder = lambda model=None: Slow(128)
+"""
+
+
+def test_ctrl_c_during_index(cli, world, hashed, tmp_path):
+    """A task that was being added is not there; the others answer as before; the next run finishes."""
+    folder = build_index(world.tasks / "spam.yaml", tmp_path / "i")
+    before = (folder / "manifest.json").read_bytes()
+    interrupt(tmp_path, SLOW_INDEX, "index", world.tasks, "-o", folder)
+    assert (folder / "manifest.json").read_bytes() == before
+    with Index.open(folder, HashEmbedder(128)) as opened:
+        assert opened.names == ["spam"]
+    ran = cli("index", world.tasks, "-o", folder)
+    assert ran.code == 0 and "unchanged spam" in ran.out and ran.out.count("indexed ") == 2
+    with Index.open(folder, HashEmbedder(128)) as opened:
+        assert opened.names == ["cooking", "spam", "weather"]
