@@ -21,7 +21,9 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 def table(runs: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     names = list(runs)
     first = runs[names[0]]
-    lines = ["| task | majority | base, own prompt | base, best prompt | **adapter** (95 % interval) | rows | seconds |"]
+    lines = [
+        "| task | majority | base, own prompt | base, best prompt | **adapter** (95 % interval) | rows | seconds |"
+    ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for task, m in first.items():
         test = m["test"]

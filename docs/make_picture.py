@@ -1,6 +1,6 @@
 """Draws docs/ask.svg, the README's picture: real output of `loralloy ask`, recorded. Run after `make demo`.
 
-    python docs/make_picture.py
+python docs/make_picture.py
 """
 
 from __future__ import annotations

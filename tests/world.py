@@ -15,9 +15,6 @@ from loralloy.tasks import load_tasks
 for room in ("training", "retrieval"):
     sys.path.insert(0, str(Path(__file__).parent / room))
 
-import tiny
-from small_tasks import WORDS, write_task
-
 
 @dataclass(frozen=True)
 class World:
@@ -36,6 +33,9 @@ class World:
 
 def make_world(root: Path) -> World:
     """Three tasks with an adapter each, of mixed rank; the adapters are PEFT's, with the base's fingerprint recorded."""
+    import tiny
+    from small_tasks import WORDS, write_task
+
     from loralloy.live.base import base_fingerprint, load_base
 
     model = tiny.save_model(root / "model")

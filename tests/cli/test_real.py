@@ -16,14 +16,14 @@ QUESTION = "You have WON a free cruise! Call 0800 to claim"
 
 @pytest.fixture(scope="module")
 def index(real_model_folder, real_bank_folder, tmp_path_factory):
-    """Thirty rows a task, by the command."""
+    """A hundred rows a task, by the command."""
     pytest.importorskip("chromadb")
     folder = tmp_path_factory.mktemp("real") / "index"
     tasks = [f"examples/tasks/{name}.yaml" for name in ("sms_spam", "phrase_language", "question_type")]
     if not all((ROOT / ".assets" / "data" / f"{Path(t).stem}.jsonl").is_file() for t in tasks):
         pytest.skip(".assets/data is missing; run `make setup`")
-    said = loralloy("index", *tasks, "-o", folder, "--rows", 30)
-    assert "3 tasks, 90 rows; store chroma, template hinted, embedder all-MiniLM-L6-v2" in said
+    said = loralloy("index", *tasks, "-o", folder, "--rows", 100)
+    assert "3 tasks, 300 rows; store chroma, template hinted, embedder all-MiniLM-L6-v2" in said
     return folder
 
 
@@ -38,14 +38,16 @@ def loralloy(*arguments: object) -> str:
 
 
 def test_ask(index):
-    said = json.loads(loralloy("ask", QUESTION, "--options", "ham,spam", "--index", index, "--json"))
+    said = json.loads(loralloy("ask", QUESTION, "--options", "ham,spam", "--index", index, "--k", 20, "--json"))
     assert said["answer"] == "spam" and max(said["weights"], key=said["weights"].get) == "sms_spam"
     assert said["error"] == 0 and sum(said["weights"].values()) == pytest.approx(1)
     assert said["explain"]["neighbours"][0]["task"] == "sms_spam"
 
 
 def test_ask_with_a_cut_rule_and_free_text(index):
-    shown = loralloy("ask", QUESTION, "--index", index, "--rule", "svd", "--rank", "2", "--max-new-tokens", "4")
+    shown = loralloy(
+        "ask", QUESTION, "--index", index, "--k", 20, "--rule", "svd", "--rank", "2", "--max-new-tokens", "4"
+    )
     assert "rule svd (delta space): merged, relative error " in shown
     assert shown.splitlines()[-1] == "answer: spam"
 
@@ -55,7 +57,7 @@ def test_evaluate(index, tmp_path):
     for name in ("sms_spam", "phrase_language", "question_type"):
         text = (ROOT / "examples" / "tasks" / f"{name}.yaml").read_text()
         (tmp_path / f"{name}.yaml").write_text(text.replace("../../.assets", str(ROOT / ".assets")))
-    said = json.loads(loralloy("evaluate", "--tasks", tmp_path, "--index", index, "-n", 24, "--json"))
+    said = json.loads(loralloy("evaluate", "--tasks", tmp_path, "--index", index, "-n", 24, "--k", 20, "--json"))
     accuracy = {system: a["value"] for system, a in said["accuracy"].items()}
     assert accuracy["own"] >= accuracy["base"] + 0.2 and accuracy["routed"] >= accuracy["own"] - 0.2
     assert said["routing"]["routed top-1"] > 0.9

@@ -26,9 +26,11 @@ _COLOURS = {
 
 def terminal_table(comparison: Comparison, summary: dict[str, Any]) -> Any:
     """A rich table: one row a task, one column a system, the overall row with 95 % intervals."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=f"accuracy on {summary['n']} held-out examples", title_justify="left", header_style="bold")
+    title = f"accuracy on {summary['n']} held-out examples"
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, show_edge=False)
     table.add_column("task", no_wrap=True)
     for system in comparison.correct:
         table.add_column(HEADINGS[system], justify="right")

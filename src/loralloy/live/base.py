@@ -7,7 +7,6 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from .. import hub
@@ -87,18 +86,26 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto") -> tuple[An
     try:
         folder = hub.resolve(os.path.expanduser(model), "model", _MODEL_FILES)
     except LoralloyError as error:
-        raise LoralloyError(f"{error} (`make setup` makes the demo's model, .assets/models/SmolLM2-135M-Instruct)") from None
+        raise LoralloyError(
+            f"{error} (`make setup` makes the demo's model, .assets/models/SmolLM2-135M-Instruct)"
+        ) from None
     if not (folder / "config.json").is_file():
-        raise LoralloyError(f"{folder} has no config.json, so it is no transformers model; `make setup` builds the demo's")
+        raise LoralloyError(
+            f"{folder} has no config.json, so it is no transformers model; `make setup` builds the demo's"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=pick_dtype(dtype, target), use_safetensors=True)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=pick_dtype(dtype, target), use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoralloyError(f"cannot load the model {model}: {first} (fetch it again, or pass another folder)") from error
+        raise LoralloyError(
+            f"cannot load the model {model}: {first} (fetch it again, or pass another folder)"
+        ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise LoralloyError(f"the tokenizer of {name} has neither a pad nor an eos token; set one in its config")
+            raise LoralloyError(f"the tokenizer of {model} has neither a pad nor an eos token; set one in its config")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return loaded.to(target).eval(), tokenizer

@@ -23,4 +23,5 @@ RULE = Rule(
     "full",
     "the adapters' factors side by side: exact, rank grows to the sum of ranks",
     "an exact merge for PEFT's users; the same dW as linear in delta space",
+    sums=("delta", "factors"),
 )

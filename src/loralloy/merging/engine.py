@@ -149,23 +149,34 @@ def _merge_module(
     factors: list[LoraFactors], weights: list[float], rule: Rule, space: Space, rank: Rank, dtype: torch.dtype
 ) -> tuple[LoraFactors, ModuleError]:
     exact = weighted_sum(factors, weights)
-    result = rule.apply(factors, weights, space)
+    summed = space in rule.sums
+    result = exact if summed else rule.apply(factors, weights, space)
     limit = max(f.rank for f in factors) if rank == "max" else result.rank if rank == "full" else int(rank)
+    lost = None
     if limit < result.rank:
-        result, _ = truncate(result, limit)
+        result, lost = truncate(result, limit)
     stored = result.with_matrices(cast(result.a, dtype, "A"), cast(result.b, dtype, "B"), result.scaling)
-    return stored, _measure(result, stored, exact, factors, weights)
+    return stored, _measure(result, stored, exact, factors, weights, lost if summed else None)
 
 
 def _measure(
-    result: LoraFactors, stored: LoraFactors, exact: LoraFactors, factors: list[LoraFactors], weights: list[float]
+    result: LoraFactors,
+    stored: LoraFactors,
+    exact: LoraFactors,
+    factors: list[LoraFactors],
+    weights: list[float],
+    lost: float | None,
 ) -> ModuleError:
-    """The error of one module. Small errors are measured again in float64, against a float64 sum: float32 has its own."""
+    """The error of one module; `lost` is its relative error before the cast where the truncation has told it already.
+
+    Small errors are measured again in float64 against a float64 sum: float32 has a rounding error of its own.
+    """
     same = stored.A.dtype == result.A.dtype
     for wide in dict.fromkeys([exact.A.dtype, widest(exact.A.device)]):
         if wide != exact.A.dtype:
-            exact = weighted_sum([f.to(wide) for f in factors], weights)
-        total, before = norm(exact, wide), difference(result, exact, wide)
+            exact, lost = weighted_sum([f.to(wide) for f in factors], weights), None
+        total = norm(exact, wide)
+        before = difference(result, exact, wide) if lost is None else lost * total
         after = before if same else difference(stored, exact, wide)
         if min(before, after) > _SMALL * total:
             break

@@ -39,4 +39,5 @@ RULE = Rule(
     "full",
     "the weighted sum of dW (delta), or of A and of B apart (factors, PEFT's)",
     "the default: exact in delta space. factors space only to reproduce PEFT",
+    sums=("delta",),
 )

@@ -19,7 +19,8 @@ class Rule:
     """A rule's name, function and defaults.
 
     apply(factors, weights, space) combines the factors of one module; ranks may differ unless the rule says otherwise.
-    default_rank is "full" (whatever rank the result has) or "max" (cut to the largest parent rank).
+    default_rank is "full" (whatever rank the result has) or "max" (cut to the largest parent rank). `sums` names the
+    spaces in which the rule is the plain weighted sum of dW, so that its error is that of the cut alone.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Rule:
     default_rank: Literal["full", "max"]
     summary: str
     use_when: str
+    sums: tuple[Space, ...] = ()
 
     def check_space(self, space: str) -> Space:
         if space in self.spaces:

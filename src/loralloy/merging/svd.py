@@ -23,4 +23,5 @@ RULE = Rule(
     "max",
     "the weighted sum of dW, cut optimally to a rank (default: the largest parent rank)",
     "one small adapter of a fixed rank, with the error of the cut reported",
+    sums=("delta",),
 )
