@@ -107,6 +107,13 @@ def open_router(
             f"index {index} holds tasks {', '.join(opened.names) or '(none)'} and the bank adapters {', '.join(bank.names)}: no "
             "name in common. Adapters are found by the name of their task; rename the folders, or index the right tasks"
         )
+    rows = sum(opened.tasks[name].rows for name in only)
+    if rows <= 2 * k and console.is_terminal:
+        console.print(
+            f"index {index} holds {rows} examples and --k is {k}: most of them vote on every question, so the weights say "
+            "little; index more rows, or pass a smaller --k",
+            markup=False,
+        )
     return Router(opened, k, p, kernel, temperature, only)
 
 

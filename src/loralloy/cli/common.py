@@ -38,10 +38,9 @@ def parse_rank(text: str | None) -> Rank | None:
     """--rank: a number, max or full."""
     if text is None or text in ("max", "full"):
         return text  # type: ignore[return-value]
-    try:
-        return int(text)
-    except ValueError:
-        raise LoralloyError(f"--rank {text!r} is not valid; give a positive number, max or full") from None
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise LoralloyError(f"--rank {text!r} is not valid; give a positive number, max or full")
+    return int(text)
 
 
 def parse_dtype(text: str | None) -> Any:

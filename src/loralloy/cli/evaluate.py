@@ -117,7 +117,7 @@ def show(comparison: Comparison, summary: dict[str, Any]) -> None:
     from ..console import out as stdout
     from ..evaluation.report import difference_lines, terminal_table
 
-    stdout.print(terminal_table(comparison, summary))
+    stdout.print(terminal_table(comparison, summary), "")
     for line in difference_lines(summary):
         stdout.print(line)
     routing = summary["routing"]

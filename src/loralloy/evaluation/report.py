@@ -30,7 +30,10 @@ def terminal_table(comparison: Comparison, summary: dict[str, Any]) -> Any:
     from rich.table import Table
 
     title = f"accuracy on {summary['n']} held-out examples"
-    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    table = Table(
+        title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD,
+        show_edge=False, pad_edge=False, collapse_padding=True,  # six systems fit in 80 columns
+    )  # fmt: skip
     table.add_column("task", no_wrap=True)
     for system in comparison.correct:
         table.add_column(HEADINGS[system], justify="right")
