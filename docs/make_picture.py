@@ -16,7 +16,7 @@ from loralloy.bank import Bank
 from loralloy.cli.ask import open_router, show
 from loralloy.cli.common import BANK, INDEX, MODEL, load_model
 
-QUESTION = "the new camera is great but the battery dies after an hour, sent it back"
+QUESTION = "so the battery died again after two days... not happy with this phone"
 OPTIONS = ["positive", "negative"]
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     bank = Bank.load(BANK)
     model, tokenizer, base = load_model(MODEL, "auto")
     answer = Answerer(model, tokenizer, bank, open_router(INDEX, bank), base).ask(QUESTION, OPTIONS)
-    recorder = Console(record=True, width=112, file=io.StringIO(), force_terminal=True, highlight=False)
+    recorder = Console(record=True, width=122, file=io.StringIO(), force_terminal=True, highlight=False)
     loralloy.console.out = recorder
     command = f'$ loralloy ask "{QUESTION}" --options "{",".join(OPTIONS)}"'
     recorder.print(command, style="bold", markup=False, soft_wrap=True)

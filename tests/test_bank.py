@@ -74,6 +74,14 @@ def test_the_odd_one_out_among_many():
         Bank([adapter({"m": factors()}, f"a{i}", b) for i, b in enumerate(bases)])
 
 
+def test_a_linked_folder_is_called_by_its_link(tmp_path):
+    for name in ("x", "y"):
+        adapter({"layer.lin": factors()}).save(tmp_path / "runs" / name / "checkpoint")
+        (tmp_path / "bank").mkdir(exist_ok=True)
+        (tmp_path / "bank" / name).symlink_to(tmp_path / "runs" / name / "checkpoint")
+    assert Bank.load(tmp_path / "bank").names == ["x", "y"]
+
+
 def test_duplicate_names(tmp_path):
     for where in ("x", "y"):
         adapter({"m": factors()}).save(tmp_path / where / "spam")

@@ -151,7 +151,8 @@ class Adapter(Mapping[str, LoraFactors]):
         allow = ["*.json", "*.safetensors", "README.md"]
         folder = hub.resolve(ref, "adapter", allow)
         # a hub's cache folder is called by its commit; the id says more
-        name = name or (folder.resolve() if os.path.isdir(ref) else Path(hub.parse_ref(ref)[0])).name
+        # (abspath, not resolve: a link is called by its own name)
+        name = name or Path(os.path.abspath(folder) if os.path.isdir(ref) else hub.parse_ref(ref)[0]).name
         try:
             return _load(folder, name)
         except LoralloyError as error:

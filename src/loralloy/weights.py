@@ -140,7 +140,10 @@ class Weights:
 
     def plot(self, path: str | Path) -> None:
         """Save a picture: bars for whole-adapter weights, a heat map (adapter by module) for per-module ones."""
-        import matplotlib
+        try:
+            import matplotlib
+        except ImportError:
+            raise LoralloyError("a picture needs matplotlib: pip install 'loralloy[plots]'") from None
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt

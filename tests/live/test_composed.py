@@ -180,6 +180,11 @@ def test_no_weights(live):
         live.set([])
 
 
+def test_a_misspelt_module_is_refused(live):
+    with pytest.raises(LoralloyError, match="does not have"):
+        live.set(Weights({"a": {"model.layers.0.self_attn.q_prj": 1.0}}))
+
+
 def test_two_banks_on_one_model_add_up(base, bank, truth):
     """Hooks of two LiveModels do not know of each other: a merged one can take the place of a bank."""
     one, two = LiveModel(base, bank.select(["a"])), LiveModel(base, bank.select(["b", "c"]))

@@ -115,6 +115,25 @@ def test_generate_equals_greedy_decoding_and_stops(tiny_model: tuple[Any, Any]) 
         assert text == tokenizer.decode(ids[start:], skip_special_tokens=True).split("\n")[0].strip()
 
 
+def test_any_special_token_ends_an_answer(tiny_model: tuple[Any, Any], monkeypatch: Any) -> None:
+    """An adapter may have learned another end than the tokenizer's EOS; a special token is never text."""
+    model, tokenizer = tiny_model
+    with torch.no_grad():
+        first = int(model(torch.tensor([encode_prompt(tokenizer, PROMPTS[1])])).logits[0, -1].argmax())
+    assert generate(model, tokenizer, [PROMPTS[1]], 4) != [""]
+    monkeypatch.setattr(type(tokenizer), "all_special_ids", property(lambda self: [first]))
+    assert generate(model, tokenizer, [PROMPTS[1]], 4) == [""]
+
+
+def test_more_tokens_than_the_model_has_positions_for(tiny_model: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny_model
+    long = "x" * (model.config.max_position_embeddings + 1)
+    with pytest.raises(LoralloyError, match="shorten the text"):
+        score_options(model, tokenizer, ["short", long], [("a", "b")] * 2)
+    with pytest.raises(LoralloyError, match="shorten the text"):
+        generate(model, tokenizer, [long], 2)
+
+
 def test_predict_mixes_options_and_free_text_and_keeps_the_callers_rows(tiny_model: tuple[Any, Any]) -> None:
     model, tokenizer = tiny_model
     options: list[tuple[str, ...]] = [("yes", "no"), (), ("a", "b"), ()]

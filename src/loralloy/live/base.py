@@ -78,11 +78,15 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto") -> tuple[An
 
     Raises LoralloyError when the folder or the hub revision is missing or is no model, with the way to get it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise LoralloyError("running a model needs transformers: pip install 'loralloy[live]'") from None
 
     if not model:
         raise LoralloyError("the model is empty; give a folder, or a hub id as org/name@revision")
     target = pick_device(device)
+    wanted = pick_dtype(dtype, target)
     try:
         folder = hub.resolve(os.path.expanduser(model), "model", _MODEL_FILES)
     except LoralloyError as error:
@@ -95,9 +99,7 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto") -> tuple[An
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        loaded = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=pick_dtype(dtype, target), use_safetensors=True
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=wanted, use_safetensors=True)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoralloyError(

@@ -160,6 +160,8 @@ class LiveModel:
                     raise LoralloyError(
                         f"weights name adapter {name!r}, which is not in the bank ({', '.join(self.names)})"
                     )
+            if row.per_module:
+                self.bank.check_weights(row)  # a misspelt module would be a weight of 0 that nobody sees
         if any(row.per_module for row in rows):
             for name, part in self._modules.items():
                 part.set(torch.tensor([[row.of(n, name) for n in self.names] for row in rows]))

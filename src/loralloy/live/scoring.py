@@ -71,6 +71,23 @@ def _pad_id(tokenizer: Any) -> int:
     return int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))
 
 
+def _check_room(model: Any, longest: int) -> None:
+    """Raise LoralloyError for more tokens than the model has positions for: its answers would be noise, and say nothing."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room and longest > room:
+        raise LoralloyError(
+            f"prompt and answer have {longest} tokens, the model takes {room}; shorten the text, or use a model with a longer "
+            "context"
+        )
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: every special token, since none is text, and what the model itself stops at."""
+    stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stops = stops if isinstance(stops, list | tuple) else [stops]
+    return {int(i) for i in (*tokenizer.all_special_ids, *stops) if i is not None}
+
+
 def _batches(prompts: list[list[int]], size: int) -> Iterator[list[int]]:
     """Indices in batches of about one length, the longest first, so that running out of memory shows at once."""
     if size < 1:
@@ -114,6 +131,8 @@ def score_options(
             if text not in known:
                 known[text] = encode_answer(tokenizer, text)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    pairs = zip(prompt_ids, options, strict=True)
+    _check_room(model, max((len(ids) + max(len(known[text]) for text in row) for ids, row in pairs), default=0))
     device, pad = model.get_input_embeddings().weight.device, _pad_id(tokenizer)
     results: list[Tensor] = [torch.empty(0)] * len(prompts)
 
@@ -192,7 +211,8 @@ def generate(
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Greedy free-text answers, in input order: stripped text up to EOS, the end of the line or `max_new_tokens`.
+    """Greedy free-text answers, in input order: stripped text up to EOS (or any special token), the end of the line or
+    `max_new_tokens`.
 
     rows_hook and progress as in :func:`score_options`.
     """
@@ -200,7 +220,8 @@ def generate(
 
     hook: RowsHook = rows_hook or (lambda indices: contextlib.nullcontext())
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    device, pad = model.get_input_embeddings().weight.device, _pad_id(tokenizer)
+    _check_room(model, max(map(len, prompt_ids), default=0) + max_new_tokens)
+    device, pad, ends = model.get_input_embeddings().weight.device, _pad_id(tokenizer), _ends(model, tokenizer)
     results = [""] * len(prompts)
     with _inference(model):
         for batch in _batches(prompt_ids, batch_size):
@@ -222,7 +243,7 @@ def generate(
                 for r, token in enumerate(chosen.tolist()):
                     if r not in open_rows:
                         continue
-                    if token == tokenizer.eos_token_id:
+                    if token in ends:
                         open_rows.discard(r)
                         continue
                     written[r].append(token)
