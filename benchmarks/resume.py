@@ -20,7 +20,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "training"))
 import tiny
 
-OPTIONS = ["--epochs", "15", "--dropout", "0.1", "--save-every", "10", "--no-evaluate", "--batch-size", "8", "--rank", "4"]
+OPTIONS = [
+    "--epochs",
+    "15",
+    "--dropout",
+    "0.1",
+    "--save-every",
+    "10",
+    "--no-evaluate",
+    "--batch-size",
+    "8",
+    "--rank",
+    "4",
+]
 
 
 def losses(folder: Path) -> list[float]:

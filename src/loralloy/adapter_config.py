@@ -35,7 +35,7 @@ _HARMLESS = {
     "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights", "rank_pattern",
     "alpha_pattern", "layers_to_transform", "layers_pattern", "inference_mode", "auto_mapping", "peft_version",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
-    "runtime_config", "ensure_weight_tying", "velora_config", "use_rescaled_lora",
+    "runtime_config", "ensure_weight_tying", "velora_config",
 }  # fmt: skip
 
 

@@ -200,6 +200,14 @@ def test_near_duplicates_in_sixteen_bits_report_honestly():
     assert merged.report.error == pytest.approx(relative(delta(merged.adapter)["m"], want), rel=0.1)
 
 
+@pytest.mark.parametrize("rule", ["linear", "svd"])
+def test_weights_that_cancel_leave_nothing_and_no_error(rule):
+    f = factors(40, 30, 4, 1)
+    b = Bank([adapter({"m": f}, "a"), adapter({"m": f}, "twin")])
+    report = merge(b, Weights({"a": 0.5, "twin": -0.5}), rule).report
+    assert report.error == report.error_before_cast == 0.0
+
+
 # -- factors space -----------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from loralloy.errors import LoralloyError
-from loralloy.live.base import _fast_cpu_dtype, base_fingerprint, load_base, pick_device, pick_dtype
+from loralloy.live.base import _fast_cpu_dtype, agree_on_the_end, base_fingerprint, load_base, pick_device, pick_dtype
 
 
 def test_refusals_say_the_way_out(tmp_path: Path) -> None:
@@ -25,6 +25,16 @@ def test_refusals_say_the_way_out(tmp_path: Path) -> None:
         load_base(str(tiny.save_model(tmp_path / "m")), "int8", "cpu")
     with pytest.raises(LoralloyError, match="warp"):
         pick_device("warp")
+
+
+def test_the_tokenizer_ends_where_the_model_does(tmp_path: Path) -> None:
+    """An adapter trained with another eos would never end its answers (transformers 5.17 on SmolLM2's GGUF)."""
+    model, tokenizer = load_base(str(tiny.save_model(tmp_path / "m")), "float32", "cpu")
+    right = tokenizer.eos_token_id
+    assert right == model.config.eos_token_id
+    tokenizer.eos_token = "<pad>"
+    agree_on_the_end(model, tokenizer)
+    assert tokenizer.eos_token_id == right and tokenizer.eos_token == "<eos>"
 
 
 def test_dtype_auto() -> None:

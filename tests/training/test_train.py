@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -205,3 +206,24 @@ def test_command_line(model_folder: Path, task_file: Path, tmp_path: Path) -> No
     result = runner.invoke(app, [*words, "--dtype", "float32", "--device", "cpu", "--eval-limit", "4"])
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in output.iterdir()) == FILES
+
+
+def test_going_on_from_an_adapter(model_folder: Path, task_file: Path, tmp_path: Path) -> None:
+    from loralloy import Adapter
+
+    common = FAST | {"evaluate": False, "save_dtype": "fp32"}
+    train(task_file, str(model_folder), tmp_path / "one", **common)
+    first = Adapter.load(tmp_path / "one")
+    still = common | {"lr": 1e-12, "init_adapter": str(tmp_path / "one"), "limit": 8, "epochs": 1}
+    train(task_file, str(model_folder), tmp_path / "two", **still)
+    second = Adapter.load(tmp_path / "two")
+    assert all(torch.allclose(first[m].dense(), second[m].dense(), atol=1e-7) for m in first)
+    assert max(float(first[m].dense().norm()) for m in first) > 1e-3  # there was something to go on from
+    told = second.provenance["training"]["first_stage"]
+    assert told["hash"] == first.content_hash and told["training"]["steps"] == first.provenance["training"]["steps"]
+    assert first.content_hash in (tmp_path / "two" / "README.md").read_text()
+    with pytest.raises(LoralloyError, match=r"--init-adapter 'one' has rank .* pass --rank"):
+        train(task_file, str(model_folder), tmp_path / "x", **(still | {"rank": first.max_rank + 1}))
+    other = tiny.save_model(tmp_path / "other", seed=9)
+    with pytest.raises(LoralloyError, match="another base model"):
+        train(task_file, str(other), tmp_path / "x", **still)

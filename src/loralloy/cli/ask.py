@@ -21,6 +21,7 @@ from .common import (
     P,
     SameBase,
     Temperature,
+    load_bank,
     load_model,
     parse_rank,
 )  # fmt: skip
@@ -61,7 +62,6 @@ def ask(
     Example: loralloy ask "You have WON a free cruise! Call 0800 to claim" --options "ham,spam"
     """
     from ..answer import Answerer
-    from ..bank import Bank
     from ..console import console
     from ..console import out as stdout
     from ..merging import get_rule
@@ -73,7 +73,7 @@ def ask(
     choices = list(dict.fromkeys(text.strip() for text in listed if text.strip()))
     if options is not None and len(choices) < 2:
         raise LoralloyError('--options needs at least two answers, e.g. --options "ham,spam"')
-    adapters = Bank.load(bank, assume_same_base)
+    adapters = load_bank(bank, assume_same_base)
     given = Weights.load(weights) if weights else None
     needed = given is None or template not in ("auto", "none")  # a template by name is looked up in the index
     opened = open_router(index, adapters, k, p, kernel, temperature) if needed else None

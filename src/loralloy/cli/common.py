@@ -10,6 +10,7 @@ import typer
 from ..errors import LoralloyError
 
 if TYPE_CHECKING:
+    from ..bank import Bank
     from ..base_ref import BaseRef
     from ..merging.engine import Rank
 
@@ -53,6 +54,18 @@ def parse_dtype(text: str | None) -> Any:
     if text not in known:
         raise LoralloyError(f"--dtype {text!r} is not known; choose fp16, bf16 or fp32")
     return known[text]
+
+
+def load_bank(folder: str, assume_same_base: bool = False) -> Bank:
+    """The adapters of --bank; a folder that is not there is answered with the flag and the variable that name it."""
+    from ..bank import Bank
+    from ..hub import parse_ref
+
+    if not Path(folder).exists() and parse_ref(folder)[1] is None:
+        raise LoralloyError(
+            f"--bank {folder}: no such folder here ({Path.cwd()}); pass --bank, or set LORALLOY_BANK, to a folder of adapters"
+        )
+    return Bank.load(folder, assume_same_base)
 
 
 def load_model(model: str, dtype: str) -> tuple[Any, Any, BaseRef]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import BANK, INDEX, MODEL, BankOption, DtypeOption, IndexOption, ModelOption, load_model
+from .common import BANK, INDEX, MODEL, BankOption, DtypeOption, IndexOption, ModelOption, load_bank, load_model
 from .evaluate import TASKS, show, table, with_adapter
 
 
@@ -28,7 +28,6 @@ def demo(
     from rich.text import Text
 
     from ..answer import Answerer
-    from ..bank import Bank
     from ..console import out as stdout
     from ..evaluation.compare import pick_examples
     from ..retrieval import Index
@@ -36,7 +35,7 @@ def demo(
     from .ask import show as show_answer
 
     start = time.perf_counter()
-    adapters = Bank.load(bank)
+    adapters = load_bank(bank)
     given = with_adapter(tasks, adapters)
     stdout.rule(f"1. index: {len(given)} tasks, {rows} training rows each, never an answer")
     if not {task.name for task in given} <= indexed(index):  # one that is there may hold more rows: keep it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ from .common import (
     P,
     SameBase,
     Temperature,
+    load_bank,
     load_model,
 )  # fmt: skip
 
@@ -59,13 +61,14 @@ def evaluate(
     Example: loralloy evaluate --examples 1000 --write docs/results
     """
     from ..answer import Answerer
-    from ..bank import Bank
     from ..console import out as stdout
     from ..evaluation.compare import pick_examples
     from ..evaluation.report import write as write_report
     from .ask import open_router
 
-    adapters = Bank.load(bank, assume_same_base)
+    if write is not None and importlib.util.find_spec("matplotlib") is None:  # before minutes of work
+        raise LoralloyError("--write draws a picture, which needs matplotlib: pip install 'loralloy[plots]'")
+    adapters = load_bank(bank, assume_same_base)
     given = with_adapter(tasks, adapters)
     rows = pick_examples(given, examples)
     router = open_router(index, adapters, k, p, kernel, temperature)

@@ -58,5 +58,5 @@ def neighbour_table(neighbours: list[dict]) -> object:
     table.add_column("distance", justify="right")
     table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
     for row in neighbours:
-        table.add_row(row["task"], f"{row['distance']:.3f}", Text(" ".join(row["text"].split())))
+        table.add_row(row["task"], f"{row['distance']:.3f}", Text(" ".join(row["text"].split("\n", 1)[-1].split())))
     return table

@@ -39,6 +39,10 @@ def train(
     limit: Annotated[
         int | None, typer.Option(help="Use only the first N training rows.", rich_help_panel=HYPER)
     ] = None,
+    init_adapter: Annotated[
+        str | None,
+        typer.Option(help="Go on from this adapter folder (same rank, alpha, modules).", rich_help_panel=HYPER),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initialisation, order and dropout.", rich_help_panel=HYPER)] = 0,
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Less memory for about a third more time.", rich_help_panel=HYPER)
@@ -86,7 +90,7 @@ def train(
         rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, lr=lr, schedule=schedule, warmup=warmup,
         epochs=epochs, batch_size=batch_size, grad_accumulation=grad_accumulation, weight_decay=weight_decay,
         max_grad_norm=max_grad_norm, max_length=max_length, loss=loss, limit=limit, seed=seed,
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=gradient_checkpointing, init_adapter=init_adapter,
     )  # fmt: skip
     metrics = run(
         task, model, output, config=config, dtype=dtype, device=device, base_name=base_name, save_dtype=save_dtype,

@@ -105,12 +105,26 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto") -> tuple[An
         raise LoralloyError(
             f"cannot load the model {model}: {first} (fetch it again, or pass another folder)"
         ) from error
+    agree_on_the_end(loaded, tokenizer)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise LoralloyError(f"the tokenizer of {model} has neither a pad nor an eos token; set one in its config")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return loaded.to(target).eval(), tokenizer
+
+
+def agree_on_the_end(model: Any, tokenizer: Any) -> None:
+    """Make the tokenizer's eos one that the model stops at: an adapter trained with another would never end its answers.
+
+    Seen with transformers 5.17, which reads another eos from SmolLM2's GGUF than the model's configuration names.
+    """
+    ends: list[int] = []
+    for config in (getattr(model, "generation_config", None), model.config):
+        eos = getattr(config, "eos_token_id", None)
+        ends += [i for i in (eos if isinstance(eos, list | tuple) else [eos]) if i is not None]
+    if ends and tokenizer.eos_token_id not in ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
 
 
 def _base_parameters(model: Any) -> Iterator[tuple[str, Any]]:

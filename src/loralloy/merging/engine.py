@@ -19,6 +19,7 @@ from ..saving import cast, dtype_name
 from ..weights import Weights
 from .rule import Rule, Space
 
+_NOTHING, _ROUNDING = 1e-12, 1e-6  # of the parts that were summed: what float64 leaves of zero, and what float32 does
 _SMALL = 1e-3  # relative; float32 measures larger errors to four digits or better
 Rank: TypeAlias = "int | Literal['max', 'full']"
 
@@ -172,14 +173,21 @@ def _measure(
     Small errors are measured again in float64 against a float64 sum: float32 has a rounding error of its own.
     """
     same = stored.A.dtype == result.A.dtype
+    parts = sum(
+        abs(w * f.scaling) * float(f.A.float().norm()) * float(f.B.float().norm())
+        for f, w in zip(factors, weights, strict=True)
+    )
     for wide in dict.fromkeys([exact.A.dtype, widest(exact.A.device)]):
         if wide != exact.A.dtype:
             exact, lost = weighted_sum([f.to(wide) for f in factors], weights), None
         total = norm(exact, wide)
         before = difference(result, exact, wide) if lost is None else lost * total
         after = before if same else difference(stored, exact, wide)
-        if min(before, after) > _SMALL * total:
+        if min(before, after) > _SMALL * total > _SMALL**2 * parts:
             break
+    if total <= _NOTHING * parts:  # the weights cancel: a ratio of two roundings would say nothing
+        total = 0.0
+        before, after = (0.0 if lost <= _ROUNDING * parts else lost for lost in (before, after))
     return ModuleError(total, before, after)
 
 

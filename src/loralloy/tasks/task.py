@@ -196,7 +196,7 @@ class Task(Strict):
         return Rendered(prompt, query, self.separator.join(texts))
 
     def scaffold(self, text: str) -> str:
-        """A user's free text as a prompt of this task; a hint or prefix that the text already has is not repeated.
+        """A user's free text as a prompt of this task; a hint, prefix or cue that the text already has is not repeated.
 
         Raises LoralloyError when the text is empty or the task has several columns.
         """
@@ -210,6 +210,8 @@ class Task(Strict):
         for part in (self.hint.strip(), column.prefix.strip()):
             if part and text.casefold().startswith(part.casefold()):
                 text = text[len(part) :].strip()
+        if self.cue.strip() and text.casefold().endswith(self.cue.strip().casefold()):
+            text = text[: -len(self.cue.strip())].strip()
         if not text:
             raise LoralloyError(f"task {self.name!r}: the text is empty; give the {column.name} to answer about")
         return self.render({column.name: text}).prompt

@@ -23,6 +23,7 @@ class TrainConfig:
     lr: peak of AdamW's rate; schedule: "cosine", "linear" or "constant" after `warmup` (a share of all steps below 1, a
     number of steps from 1). batch_size x grad_accumulation examples make a step. max_length: tokens of prompt + answer.
     loss: "answer" (answer and end of text) or "full_text" (every token). limit: use the first n training rows only.
+    init_adapter: an adapter folder to go on from, of the same rank, scaling and modules; None starts a fresh one.
     Raises LoralloyError naming the field that is out of range.
     """
 
@@ -43,6 +44,7 @@ class TrainConfig:
     seed: int = 0
     gradient_checkpointing: bool = False
     limit: int | None = None
+    init_adapter: str | None = None
 
     def __post_init__(self) -> None:
         targets = self.target_modules

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..adapter import Adapter
 from ..console import console
 from ..errors import LoralloyError
 from . import checkpoint
@@ -31,9 +32,9 @@ def total_steps(rows: int, config: TrainConfig) -> int:
 
 
 def attach(model: Any, config: TrainConfig, base_name: str, revision: str | None) -> Any:
-    """`model` with a fresh LoRA adapter in float32 (a PeftModel), initialised by the seed alone.
+    """`model` with a LoRA adapter in float32 (a PeftModel): initialised by the seed alone, or from `config.init_adapter`.
 
-    Raises LoralloyError when a target module is not in the model.
+    Raises LoralloyError when a target module is not in the model, or the adapter to go on from does not fit.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -64,7 +65,35 @@ def attach(model: Any, config: TrainConfig, base_name: str, revision: str | None
     # set afterwards: peft takes the folder the base was loaded from, and warns about any other name
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     peft_model.peft_config["default"].revision = revision
+    if config.init_adapter is not None:
+        _start_from(peft_model, Adapter.load(config.init_adapter), config)
     return peft_model
+
+
+def _start_from(peft_model: Any, adapter: Adapter, config: TrainConfig) -> None:
+    """Copy the factors of `adapter` into the fresh ones; raises LoralloyError unless they are of one shape and scaling."""
+    import torch
+
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in peft_model.named_modules()
+        if hasattr(module, "lora_A") and "default" in module.lora_A
+    }
+    if set(layers) != set(adapter):
+        odd = sorted(set(layers) ^ set(adapter))[0]
+        raise LoralloyError(
+            f"--init-adapter {adapter.name!r} and --target-modules differ in {odd!r}; train the same modules"
+        )
+    with torch.no_grad():
+        for name, module in layers.items():
+            f = adapter[name]
+            if f.rank != config.rank or abs(f.scaling - module.scaling["default"]) > 1e-6 * abs(f.scaling):
+                raise LoralloyError(
+                    f"--init-adapter {adapter.name!r} has rank {f.rank} and scaling {f.scaling:g} at {name!r}; pass --rank "
+                    f"{f.rank} --alpha {f.scaling * f.rank:g} to go on from it"
+                )
+            module.lora_A["default"].weight.copy_(f.A)
+            module.lora_B["default"].weight.copy_(f.B)
 
 
 def _micro_batches(

@@ -107,6 +107,16 @@ def _row(name: str, entry: dict[str, Any]) -> str:
     return f"| {name} | {entry['accuracy']:.3f} | {entry['low']:.3f} to {entry['high']:.3f} | {entry['n']} |"
 
 
+def _first_stage(first: dict[str, Any] | None) -> list[str]:
+    """What an adapter that went on from another one says of it."""
+    if first is None:
+        return []
+    told = first["training"]
+    settings = ", ".join(f"{k} {_plain(v)}" for k, v in told.get("hyperparameters", {}).items() if v is not None)
+    steps = f"{told.get('steps', '?')} steps on {told.get('rows', '?')} rows"
+    return [f"It went on from an adapter `{first['hash']}` trained before ({steps}; {settings}).", ""]
+
+
 def model_card(
     task: Task,
     base: dict[str, Any],
@@ -138,6 +148,11 @@ def model_card(
     lines += [f"- Base: `{base['name']}`" + (f", revision `{base['revision']}`" if base["revision"] else "")]
     lines += [f"- Fingerprint of the base: `{base['fingerprint']}`"]
     lines += [f"- sha256 of the base's {file}: `{digest}`" for file, digest in base.get("files", {}).items()]
+    if base.get("files"):
+        lines += [
+            f"- The base was a local copy with these weights. A checkpoint called `{base['name']}` with others (another "
+            "quantisation, say) is another base: LoRAlloy compares fingerprints and refuses it."
+        ]
     lines += ["", "## Accuracy", ""]
     test = metrics.get("test")
     if test:
@@ -152,6 +167,7 @@ def model_card(
     else:
         lines += ["Not evaluated (`--no-evaluate`, or no test rows)."]
     lines += ["", "## Made with", "", "```", command, "```", ""]
+    lines += _first_stage(training.get("first_stage"))
     lines += ["| setting | value |", "|---|---|"]
     shown = {k: _plain(v) for k, v in training["hyperparameters"].items()}
     lines += [f"| {k} | {v} |" for k, v in shown.items()]

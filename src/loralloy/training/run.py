@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..adapter import Adapter
 from ..atomic import check_free
+from ..base_ref import BaseRef, compare
 from ..console import console, progress
 from ..errors import LoralloyError
 from . import checkpoint
@@ -57,7 +59,7 @@ def train(
     checkpoint belongs to other settings.
     """
     from ..hub import parse_ref
-    from ..live.base import load_base
+    from ..live.base import load_base, pick_device
     from ..tasks.task import Task
 
     target = Path(output).absolute()
@@ -71,6 +73,8 @@ def train(
     if not isinstance(task, Task):
         task = Task.load(task)
     examples = task.examples("train", config.limit)
+    if dtype == "auto" and pick_device(device).type == "cpu":
+        dtype = "float32"  # measured faster than bfloat16 in training, and a resumed run must not depend on a timing
     base, tokenizer = load_base(model, dtype, device)
     name, revision = parse_ref(base_name or model)
     local = model if Path(model).is_dir() else None
@@ -90,8 +94,9 @@ def train(
         f"{count:,} trainable parameters, {device_.type} {dtype_}",
         soft_wrap=True,
     )
+    start = _first_stage(config, record)
     identity = {
-        "hyperparameters": config.to_dict(),
+        "hyperparameters": config.to_dict() | start,
         "data": fingerprint(encoded),
         "base": record["fingerprint"],
         "dtype": dtype_,
@@ -112,8 +117,9 @@ def train(
             "dtype": dtype_,
             "saved_as": save_dtype,
             "final_loss": sum(tail) / len(tail),
+            "eos_token": tokenizer.eos_token,
             "loralloy": __version__,
-        }
+        } | start
         metrics["training"] = training | {
             "seconds": log[-1]["seconds"],
             "device": device_.type,
@@ -135,6 +141,18 @@ def train(
         raise
     checkpoint.remove(work)
     return metrics
+
+
+def _first_stage(config: TrainConfig, base: dict[str, Any]) -> dict[str, Any]:
+    """What a run that goes on from an adapter records of it: its name, hash and own training. Checks that the base is its."""
+    if config.init_adapter is None:
+        return {}
+    adapter = Adapter.load(config.init_adapter)
+    verdict, why = compare(adapter.base, BaseRef.from_dict(base))
+    if verdict == "different":
+        raise LoralloyError(f"--init-adapter {adapter.name!r} is of {adapter.base}, another base model: {why}")
+    first = {"name": adapter.name, "hash": adapter.content_hash, "training": adapter.provenance.get("training", {})}
+    return {"first_stage": first}
 
 
 def evaluate_adapter(
