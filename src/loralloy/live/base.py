@@ -50,7 +50,7 @@ def _fast_cpu_dtype() -> str:
             w = torch.ones(1536, 576, dtype=getattr(torch, name))
             torch.nn.functional.linear(x, w)  # the first call picks and compiles kernels
             runs = []
-            for _ in range(3):  # the best of three: another job may hold the core during one
+            for _ in range(15):  # the best counts: another job may hold the cores during some
                 start = time.perf_counter()
                 torch.nn.functional.linear(x, w)
                 runs.append(time.perf_counter() - start)
