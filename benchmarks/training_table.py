@@ -1,6 +1,7 @@
 """One table of what adapters learned, from the metrics.json files that `loralloy train` leaves.
 
-    python benchmarks/training_table.py "rank 4, lr 1e-3=RUN_A" "rank 4, lr 3e-4=RUN_B" --write docs/results/training.md
+    python benchmarks/training_table.py                       # from docs/results/training.json
+    python benchmarks/training_table.py "rank 4, lr 1e-3=RUN_A" "rank 4, lr 3e-4=RUN_B"    # from runs, and keeps their figures
 
 Each RUN is a folder of adapters (`benchmarks/train_bank.sh` makes one). The shipped bank goes on from the
 first. Validation rows choose between runs; test rows are shown for the first run alone, so that no choice is made on them.
@@ -13,9 +14,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+PAGE, FIGURES = Path("docs/results/training.md"), Path("docs/results/training.json")
+
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    return {p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*/metrics.json"))}
+    """What the page needs of each adapter's metrics.json."""
+    found = {}
+    for path in sorted(folder.glob("*/metrics.json")):
+        m = json.loads(path.read_text(encoding="utf-8"))
+        training = {k: m["training"][k] for k in ("hyperparameters", "rows", "steps", "seconds", "device")}
+        form = {"name": m["base_format"]["name"]}
+        scores = {split: m[split] for split in ("validation", "test")}
+        found[path.parent.name] = {"training": training, "base_format": form, **scores}
+    return found
 
 
 def table(runs: dict[str, dict[str, dict[str, Any]]], shipped: dict[str, dict[str, Any]]) -> list[str]:
@@ -49,11 +60,13 @@ def table(runs: dict[str, dict[str, dict[str, Any]]], shipped: dict[str, dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("runs", nargs="*", metavar="NAME=FOLDER", help="runs to read; else the figures kept before")
     parser.add_argument("--shipped", type=Path, default=Path("examples/bank"), help="the bank in the repository")
-    parser.add_argument("--write", type=Path, help="write the page here")
     args = parser.parse_args()
     runs = {text.rpartition("=")[0]: read(Path(text.rpartition("=")[2])) for text in args.runs}
+    if runs:
+        FIGURES.write_text(json.dumps(runs, indent=0) + "\n", encoding="utf-8")
+    runs = json.loads(FIGURES.read_text(encoding="utf-8"))
     shipped = sorted(p.parent.name for p in args.shipped.glob("*/adapter_config.json"))
     first = next(iter(runs.values()))
     hyper = next(iter(first.values()))["training"]
@@ -78,8 +91,7 @@ def main() -> None:
     ]
     text = "\n".join(page) + "\n"
     print(text)
-    if args.write:
-        args.write.write_text(text, encoding="utf-8")
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
