@@ -21,6 +21,7 @@ from .base_ref import BaseRef
 from .errors import LoralloyError
 from .factors import Kind, LoraFactors
 from .formats import Layout, front_matter, layout
+from .tensor_file import DTYPES
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -94,10 +95,14 @@ class Adapter(Mapping[str, LoraFactors]):
         return tensor
 
     def outline(self, module: str) -> LoraFactors:
-        """Shapes, scaling and kind of one module on the meta device: nothing is read where the adapter is on disk."""
+        """Shapes, dtypes, scaling and kind of one module on the meta device: nothing is read where the adapter is on disk."""
         if isinstance(self._factors, _LazyFactors):
             return self._factors.outline(module)
         return self._factors[module].to(device="meta")
+
+    def outline_extra(self, name: str) -> Tensor:
+        """Shape and dtype of one fully saved tensor, on the meta device."""
+        return self._extra[name].to(device="meta")
 
     def rank(self, module: str) -> int:
         """Rank of one module, without reading it."""
@@ -177,12 +182,14 @@ class Adapter(Mapping[str, LoraFactors]):
             write_adapter(self, temporary, dtype)
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor's memory, for hashing; copied only from another device."""
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
 
 
 def _check_finite(tensor: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    # both ends carry a NaN, and looking at them makes no mask of the tensor's size
+    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, map(float, tensor.aminmax()))):
         raise LoralloyError(f"{what} holds NaN or infinity; the adapter's training diverged or the file is damaged")
 
 
@@ -234,11 +241,16 @@ class _LazyFactors(Mapping[str, LoraFactors]):
 
     def outline(self, module: str) -> LoraFactors:
         """Shapes and scaling, checked, from the header alone."""
-        a, b = (torch.empty(self.shape(module, side), device="meta") for side in "AB")
+        a, b = (self._empty(self._layout.modules[module][side]) for side in "AB")
         try:
             return LoraFactors(a, b, self.scaling(module), self.kind(module))
         except LoralloyError as error:
             raise error.within(f"module {module!r}") from None
+
+    def _empty(self, key: str) -> Tensor:
+        stored = self._handle.get_slice(key)
+        dtype = DTYPES.get(stored.get_dtype()) or self._handle.get_tensor(key).dtype
+        return torch.empty(stored.get_shape(), dtype=dtype, device="meta")
 
     def __getitem__(self, module: str) -> LoraFactors:
         keys = self._layout.modules[module]

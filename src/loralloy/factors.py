@@ -63,12 +63,12 @@ class LoraFactors:
     @property
     def a(self) -> Tensor:
         """A as a matrix, [r, in] ([r, in * kernel] for a convolution)."""
-        return self.A.flatten(1)
+        return self.A if self.A.ndim == 2 else self.A.flatten(1)
 
     @property
     def b(self) -> Tensor:
         """B as a matrix, [out, r]."""
-        return self.B.flatten(1)
+        return self.B if self.B.ndim == 2 else self.B.flatten(1)
 
     @property
     def shape(self) -> tuple[int, int]:

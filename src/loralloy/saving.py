@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .adapter_config import AdapterConfig
+from .base_ref import BaseRef
 from .errors import LoralloyError
+from .factors import Kind, LoraFactors
 from .formats import extra_key, peft_key
+from .tensor_file import Spec, TensorFile, metadata_room
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -35,55 +40,137 @@ def dtype_name(dtype: torch.dtype) -> str:
     )
 
 
-def write_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write adapter_config.json, adapter_model.safetensors and README.md into an empty folder."""
-    from safetensors.torch import save_file
+def outline(
+    a_shape: Sequence[int], b_shape: Sequence[int], dtype: torch.dtype, scaling: float = 1.0, kind: Kind = "linear"
+) -> LoraFactors:
+    """Factors without values (meta device), A [r, in] and B [out, r]: what a module will look like."""
+    a, b = (torch.empty(tuple(shape), dtype=dtype, device="meta") for shape in (a_shape, b_shape))
+    return LoraFactors(a, b, scaling, kind)
 
-    tensors: dict[str, Tensor] = {}
-    ranks, alphas = {}, {}
-    for module in adapter:
-        f = adapter[module]
-        ranks[module], alphas[module] = f.rank, f.scaling * f.rank
-        for side, tensor in (("A", f.A), ("B", f.B)):
-            key = peft_key(module, side, f.kind)
-            tensors[key] = cast(tensor.detach().cpu(), dtype, f"tensor {key!r}").contiguous()
-    for name in adapter.extra:
-        key = extra_key(name)
-        tensors[key] = cast(adapter.extra_tensor(name).detach().cpu(), dtype, f"tensor {key!r}").contiguous()
-    config = peft_config(adapter, ranks, alphas)
-    recorded = {"version": 1, "base": adapter.base.to_dict()} | {
-        k: v for k, v in adapter.provenance.items() if k not in ("version", "base")
+
+def header(base: BaseRef, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of adapter_model.safetensors: the base, and where the adapter came from."""
+    recorded = {"version": 1, "base": base.to_dict()} | {
+        k: v for k, v in provenance.items() if k not in ("version", "base")
     }
-    weights = folder / "adapter_model.safetensors"
-    save_file(tensors, weights, {"format": "pt", "loralloy": json.dumps(recorded)})
-    _settle_header(weights)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(adapter, recorded), encoding="utf-8")
-    # safetensors writes for the owner alone; a shared adapter is as readable as the files beside it
-    (folder / "adapter_model.safetensors").chmod((folder / "README.md").stat().st_mode & 0o777)
+    return {"format": "pt", "loralloy": json.dumps(recorded)}
 
 
-def _settle_header(file: Path) -> None:
-    """Sort the header's metadata, which safetensors writes in random order, so that equal adapters have equal bytes."""
-    with open(file, "r+b") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        settled = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(settled) == length:
-            handle.seek(8)
-            handle.write(settled)
+class AdapterWriter:
+    """adapter_config.json, adapter_model.safetensors and README.md in an empty folder, one module in memory at a time.
+
+    A context manager; the three files are whole only after :meth:`finish`.
+
+    Args:
+        folder: an empty folder that exists (see :func:`loralloy.atomic.atomic_folder`).
+        name: of the adapter, for the card.
+        base, config: what goes into adapter_config.json; rank, alpha and their patterns come from `modules`.
+        modules: module -> its outline (see :func:`outline` and `Adapter.outline`): shapes, scaling, kind, dtype.
+        extra: name -> (dtype, shape) of fully saved tensors.
+        dtype: cast to; None keeps the dtype of each outline. Integers stay what they are.
+        reserve: bytes kept in the header for what `finish` records (`metadata_room(header(...))`, or an estimate; where it
+            takes more, the data is moved once).
+
+    Raises LoralloyError when a cast overflows, when a tensor is not the announced one, or when one is missing at the end.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        base: BaseRef,
+        config: AdapterConfig,
+        modules: Mapping[str, LoraFactors],
+        extra: Mapping[str, Spec] | None = None,
+        dtype: torch.dtype | None = None,
+        reserve: int = 0,
+    ) -> None:
+        self.folder, self.name, self.base, self.config = folder, name, base, config
+        self._modules, self._dtype = dict(modules), dtype
+        specs: dict[str, Spec] = {}
+        for module, f in self._modules.items():
+            for side, tensor in (("A", f.A), ("B", f.B)):
+                specs[peft_key(module, side, f.kind)] = self._stored(tensor.dtype), tensor.shape
+        for extra_name, (of, shape) in (extra or {}).items():
+            specs[extra_key(extra_name)] = self._stored(of), shape
+        self._file = TensorFile(folder / "adapter_model.safetensors", specs, reserve)
+
+    def _stored(self, dtype: torch.dtype) -> torch.dtype:
+        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
+
+    def __enter__(self) -> AdapterWriter:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.__exit__(kind, error, at)
+
+    def write(self, module: str, factors: LoraFactors) -> None:
+        """Cast and write one module's A and B, on whatever device they are."""
+        said = self._modules.get(module)
+        if said is None or (said.kind, said.scaling) != (factors.kind, factors.scaling):
+            raise LoralloyError(
+                f"module {module!r} ({factors.kind}, scaling {factors.scaling:g}) is not what was announced "
+                f"({f'{said.kind}, scaling {said.scaling:g}' if said else 'nothing'})"
+            )
+        for side, tensor in (("A", factors.A), ("B", factors.B)):
+            self._write(peft_key(module, side, factors.kind), tensor)
+
+    def write_extra(self, name: str, tensor: Tensor) -> None:
+        """Cast and write one fully saved tensor, by its name in the base model."""
+        self._write(extra_key(name), tensor)
+
+    def _write(self, key: str, tensor: Tensor) -> None:
+        self._file.write(key, cast(tensor.detach(), self._dtype, f"tensor {key!r}"))
+
+    def finish(self, provenance: Mapping[str, Any] | None = None, licence: str | None = None) -> None:
+        """Write the header, the configuration and the card."""
+        ranks = {module: f.rank for module, f in self._modules.items()}
+        alphas = {module: f.scaling * f.rank for module, f in self._modules.items()}
+        self._file.finish(header(self.base, provenance or {}))
+        config = json.dumps(peft_config(self, ranks, alphas), indent=2, sort_keys=True)
+        (self.folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+        text = card(self.name, self.base, ranks, provenance or {}, licence)
+        (self.folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def peft_config(adapter: Adapter, ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+def write_adapter(adapter: Adapter, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write adapter_config.json, adapter_model.safetensors and README.md into an empty folder, module by module."""
+    with AdapterWriter(
+        folder,
+        adapter.name,
+        adapter.base,
+        adapter.config,
+        {module: adapter.outline(module) for module in adapter},
+        {name: (t.dtype, t.shape) for name, t in ((n, adapter.outline_extra(n)) for n in adapter.extra)},
+        dtype,
+        metadata_room(header(adapter.base, adapter.provenance)),
+    ) as writer:
+        for module in adapter:
+            writer.write(module, adapter[module])
+        for name in adapter.extra:
+            writer.write_extra(name, adapter.extra_tensor(name))
+        writer.finish(adapter.provenance, adapter.licence)
+
+
+class _Configured(Protocol):
+    @property
+    def base(self) -> BaseRef: ...
+    @property
+    def config(self) -> AdapterConfig: ...
+
+
+def peft_config(adapter: _Configured, ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
     """A PEFT LoraConfig with only fields that every PEFT release since 0.5 knows, so that none warns.
 
     One rank and alpha where modules agree; patterns, keyed by escaped full module names, for the modules that do not.
     rsLoRA is folded into alpha.
     """
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas[m] for m in ranks if ranks[m] == rank).most_common(1)[0][0]
     config = adapter.config
+    rank, alpha = config.rank, config.alpha
+    if ranks:
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        alpha = Counter(alphas[m] for m in ranks if ranks[m] == rank).most_common(1)[0][0]
     # The list that trained the adapter also names exactly these modules; one that came from a merge names them all.
     targets: Any = config.target_modules if config.target_modules else _targets(ranks)
     return {
@@ -122,17 +209,19 @@ def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def card(adapter: Adapter, recorded: dict[str, Any]) -> str:
+def card(
+    name: str, base: BaseRef, ranks: Mapping[str, int], recorded: Mapping[str, Any], licence: str | None = None
+) -> str:
     """The model card: what it is, its parents with hashes and licences, and the merge's own error."""
     import yaml
 
-    header: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "loralloy"]}
-    if adapter.base.name and not adapter.base.name.startswith((".", "/")):
-        header["base_model"] = adapter.base.name
-    if adapter.licence:
-        header["license"] = adapter.licence
-    lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {adapter.name}", ""]
-    lines += [f"A LoRA adapter of {adapter.base}: {len(adapter)} modules, rank {adapter.max_rank}.", ""]
+    front: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "loralloy"]}
+    if base.name and not base.name.startswith((".", "/")):
+        front["base_model"] = base.name
+    if licence:
+        front["license"] = licence
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}", ""]
+    lines += [f"A LoRA adapter of {base}: {len(ranks)} modules, rank {max(ranks.values(), default=0)}.", ""]
     merge = recorded.get("merge")
     if merge:
         lines += [
@@ -140,8 +229,8 @@ def card(adapter: Adapter, recorded: dict[str, Any]) -> str:
             "",
             "| error of dW against the exact weighted sum (relative, Frobenius) | |",
             "|---|---|",
-            f"| before the cast | {merge['error']['before_cast']:.3e} |",
-            f"| as stored ({merge['dtype']}) | {merge['error']['stored']:.3e} |",
+            f"| before the cast | {_figure(merge['error']['before_cast'])} |",
+            f"| as stored ({merge['dtype']}) | {_figure(merge['error']['stored'])} |",
             "",
             "| parent | weight | content hash | licence |",
             "|---|---|---|---|",
@@ -155,3 +244,7 @@ def card(adapter: Adapter, recorded: dict[str, Any]) -> str:
     if recorded.get("training"):
         lines += ["Training record:", "", "```json", json.dumps(recorded["training"], indent=2), "```", ""]
     return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3e}"

@@ -10,7 +10,7 @@ import pytest
 from loralloy import __version__
 from loralloy.cli import app
 
-COMMANDS = {"ask", "route", "merge", "inspect", "index", "train", "evaluate", "demo"}
+COMMANDS = {"ask", "route", "merge", "rules", "export", "inspect", "index", "train", "evaluate", "demo"}
 
 
 def test_these_are_the_commands():
@@ -26,7 +26,7 @@ def test_help_has_an_example_and_the_defaults(cli, command, flag, monkeypatch):
     text = " ".join(ran.out.split())
     assert f"Usage: loralloy {command}" in text
     assert f"Example: loralloy {command} " in text
-    assert "[default: " in text or command == "inspect"  # which has switches only
+    assert "[default: " in text or command in ("inspect", "rules")  # which have switches only
 
 
 def test_alone_it_shows_the_help(cli):

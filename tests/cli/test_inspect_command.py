@@ -6,9 +6,11 @@ import json
 import re
 
 import pytest
+import torch
 
 from helpers import delta, peft_folder, tiny_llama
 from loralloy.adapter import Adapter
+from loralloy.base_ref import BaseRef
 
 
 def test_text(cli, world):
@@ -62,3 +64,96 @@ def test_refusals(cli, tmp_path):
     cli("inspect", tmp_path / "none").refused(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
     cli("inspect", tmp_path / "empty").refused("empty", "not an adapter folder")
+
+
+# -- two or more: what they share --------------------------------------------------------------------------------------
+
+TWO = ("weather", "spam")
+
+
+def folders(world, *names: str) -> list:
+    return [world.bank / name for name in names or TWO]
+
+
+def dense_cosine(world, names=TWO, of: str = "") -> float:
+    x, y = (delta(Adapter.load(world.bank / name)) for name in names)
+    x, y = (torch.cat([d[m].flatten() for m in sorted(d) if of in m]) for d in (x, y))
+    return float(torch.nn.functional.cosine_similarity(x, y, 0))
+
+
+def test_two_adapters(cli, world):
+    ran = cli("inspect", *folders(world))
+    assert ran.code == 0 and ran.err == ""
+    assert ran.out.startswith("2 adapters of tiny/llama (fingerprint ")
+    row = next(line.split() for line in ran.out.splitlines() if line.startswith("cosine of dW"))
+    assert float(row[3]) == pytest.approx(dense_cosine(world), abs=6e-4)
+    assert re.search(r"^layer +cosine +outputs", ran.out, re.M)
+    words = ran.out.split("what the numbers say")[1]
+    assert "Ranks differ (weather 3, spam 2)" in words and "no measurement of accuracy" in words
+    assert "candidates to compare: linear, svd" in words
+
+
+def test_overlap_by_layer_projection_and_module(cli, world):
+    for flags, of in (
+        ([], "layers.1."),
+        (["--by", "projection"], "self_attn.q_proj"),
+        (["--modules"], "layers.1.mlp.up_proj"),
+    ):
+        said = json.loads(cli("inspect", *folders(world), *flags, "--json").out)
+        groups = {str(g["name"]): g for g in said["groups"]}
+        assert [len(groups), said["by"]] == {0: [2, "layer"], 1: [14, "module"], 2: [7, "projection"]}[len(flags)]
+        name = next(n for n in groups if n == of or n.endswith(of.strip(".").removeprefix("layers.")))
+        assert groups[name]["cosine"][0][1] == pytest.approx(dense_cosine(world, of=of), abs=1e-6)
+        printed = cli("inspect", *folders(world), *flags).out
+        assert any(line.split()[:1] == [name] for line in printed.splitlines())
+    assert said["all"]["cosine"][0][1] == pytest.approx(dense_cosine(world), abs=1e-6)
+    assert said["candidates"][:2] == ["linear", "svd"] and said["verdict"][-1]["kind"] == "caution"
+
+
+def test_a_folder_stands_for_its_adapters(cli, world):
+    said = json.loads(cli("inspect", world.bank, "--json").out)
+    assert [a["name"] for a in said["adapters"]] == sorted(p.name for p in world.bank.iterdir())
+    again = json.loads(cli("inspect", *sorted(world.bank.iterdir()), "--json").out)
+    assert again == said
+    printed = cli("inspect", world.bank).out
+    assert all(re.search(rf"^\d +{a['name']} ", printed, re.M) for a in said["adapters"])
+
+
+def test_plot(cli, world, tmp_path):
+    picture = tmp_path / "overlap.png"
+    ran = cli("inspect", *folders(world), "--plot", picture)
+    assert ran.out.endswith(f"wrote {picture}\n") and picture.read_bytes().startswith(b"\x89PNG")
+    picture.write_bytes(b"mine")
+    cli("inspect", *folders(world), "--plot", picture).refused("exists already", "--overwrite")
+    assert picture.read_bytes() == b"mine"
+    cli("inspect", *folders(world), "--plot", tmp_path / "x.jpg").refused("--plot", ".png")
+    said = json.loads(cli("inspect", *folders(world), "--plot", picture, "--overwrite", "--json").out)
+    assert said["plot"] == str(picture) and picture.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [picture]
+
+
+def test_overlap_refusals(cli, world, tmp_path):
+    weather, spam = folders(world)
+    cli("inspect", weather, "--plot", tmp_path / "x.png").refused("--plot", "two or more")
+    cli("inspect", weather, "--by", "projection").refused("--by projection", "two or more")
+    cli("inspect", weather, spam, "--by", "depth").refused("--by 'depth'", "layer or projection")
+    cli("inspect", weather, spam, "--by", "projection", "--modules").refused("--modules", "pass one")
+    cli("inspect", weather, weather).refused("two adapters are called 'weather'")
+    made = Adapter.load(weather)
+    Adapter("else", {m: made[m] for m in made}, made.config, BaseRef("other/model")).save(tmp_path / "else")
+    cli("inspect", weather, tmp_path / "else").refused("different base models", "--assume-same-base")
+    said = json.loads(cli("inspect", weather, tmp_path / "else", "--assume-same-base", "--json").out)
+    assert said["all"]["cosine"][0][1] == pytest.approx(1)
+    Adapter("apart", {"model.other": made[next(iter(made))]}, made.config, made.base).save(tmp_path / "apart")
+    cli("inspect", weather, tmp_path / "apart").refused("have a module in common", "model.other")
+
+
+def test_zero_is_shown_as_undefined(cli, world, tmp_path):
+    made = Adapter.load(world.bank / "weather")
+    zero = {m: made[m].with_matrices(made[m].a, torch.zeros_like(made[m].b)) for m in made}
+    Adapter("zero", zero, made.config, made.base).save(tmp_path / "zero")
+    ran = cli("inspect", world.bank / "spam", tmp_path / "zero")
+    assert "zero: dW is zero everywhere" in ran.out and "nan" not in ran.out
+    assert re.search(r"^cosine of dW +–", ran.out, re.M)
+    said = json.loads(cli("inspect", world.bank / "spam", tmp_path / "zero", "--json").out)
+    assert said["all"]["cosine"][0][1] is None and said["candidates"] == []

@@ -46,7 +46,7 @@ for kill in range(kills):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     adapter = Adapter.load(target).validate()  # never missing, never torn
-    assert sorted(os.listdir(target)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(target)) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "recipe.yaml"]
     seen.add(adapter.provenance["merge"]["parents"][0]["name"])
 print(*sorted(seen))
 """
@@ -88,13 +88,13 @@ def interrupt(tmp_path, patch, *arguments):
 
 SLOW_MERGE = """
 import pathlib, time
-import loralloy.merging.engine as engine
-real = engine._merge_module
-def slow(*arguments):
+import loralloy.saving as saving
+real = saving.AdapterWriter.write
+def slow(self, *arguments):
+    real(self, *arguments)
     pathlib.Path({busy!r}).touch()
     time.sleep(0.5)
-    return real(*arguments)
-engine._merge_module = slow
+saving.AdapterWriter.write = slow
 """
 
 
@@ -106,6 +106,53 @@ def test_ctrl_c_during_merge(cli, world, tmp_path):
     assert out == "" and {p.name: p.read_bytes() for p in target.iterdir()} == before
     assert os.listdir(target.parent) == ["m"]
     assert cli("merge", world.bank / "weather", "-o", target, "--overwrite").code == 0
+
+
+IN_THE_MIDDLE = """
+import os, sys, time
+from loralloy.bank import Bank
+from loralloy.merging import engine, merge
+from loralloy.weights import Weights
+folder, target, rule, done = sys.argv[1:5]
+engine._BUDGET = {"cpu": 1}  # one module a batch
+seen = []
+
+def stop(module):
+    seen.append(module)
+    if len(seen) == int(done):
+        print(len(seen), flush=True)
+        time.sleep(60)
+
+bank = Bank.load(folder)
+merge(bank, Weights.uniform(bank.names), rule, out=target, overwrite=True, on_module=stop)
+"""
+
+
+@pytest.mark.parametrize(("rule", "done", "there"), [("linear", 1, False), ("svd", 5, True), ("ties", 13, True)])
+def test_kill_9_in_the_middle_of_a_streamed_merge(cli, world, tmp_path, rule, done, there):
+    """Some modules are on disk, the others are not: no reader ever sees that, and the next run clears it away."""
+    target = tmp_path / "m"
+    if there:
+        assert cli("merge", world.bank / "spam", "-o", target).code == 0
+    before = {p.name: p.read_bytes() for p in target.iterdir()} if there else {}
+    command = [sys.executable, "-c", IN_THE_MIDDLE, str(world.bank), str(target), rule, str(done)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == f"{done}\n"
+        (left,) = tmp_path.glob(".m.new-*")  # it is being written, beside the target and nowhere else
+        assert os.listdir(left) == ["adapter_model.safetensors"]
+        assert (left / "adapter_model.safetensors").read_bytes()[:8] == bytes(8)  # no reader takes it for a whole one
+    finally:
+        process.kill()
+        process.communicate()
+    assert sorted(os.listdir(tmp_path)) == sorted([left.name, *(["m"] if there else [])])
+    assert ({p.name: p.read_bytes() for p in target.iterdir()} if there else {}) == before
+    if there:
+        Adapter.load(target).validate()
+    assert cli("merge", world.bank / "cooking", "-o", target, *(["--overwrite"] if there else [])).code == 0
+    assert os.listdir(tmp_path) == ["m"]
+    got, want = delta(Adapter.load(target).validate()), delta(Adapter.load(world.bank / "cooking"))
+    assert max(relative(got[m], want[m]) for m in want) < 1e-3
 
 
 SLOW_INDEX = """

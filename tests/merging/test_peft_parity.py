@@ -1,42 +1,46 @@
-"""PEFT's own add_weighted_adapter against ours: dW within 1e-5, equal logits; tiny models and the shipped bank."""
+"""PEFT's own add_weighted_adapter against ours: dW within 1e-5, equal logits; tiny models and the shipped bank.
+
+Random masks and the choice among equal magnitudes are handed to PEFT (see peft_oracle.py); DARE is compared by distribution as
+well, and what PEFT's own top-k keeps as a multiset.
+"""
 
 from __future__ import annotations
 
-import copy
+import itertools
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft_oracle import NEAR, agree, agree_cut, both, drawn, loaded, lowest_index_first, masks, named, ours, theirs
+from torch import Tensor
 
-from helpers import PROJECTIONS, close, load_in_peft, logits, peft_deltas, peft_folder, relative, tiny_llama
+from helpers import (
+    PROJECTIONS,
+    ConvNet,
+    as_weight,
+    close,
+    factors,
+    load_in_peft,
+    logits,
+    peft_deltas,
+    peft_folder,
+    relative,
+    tiny_gpt2,
+    tiny_llama,
+)
+from loralloy.adapter import Adapter
 from loralloy.bank import Bank
-from loralloy.merging import merge
+from loralloy.merging import DareLinear, DareTies, Linear, MagnitudePrune, Ties, merge, merge_factors
+from loralloy.merging.select import largest
 from loralloy.weights import Weights
 
-NEAR = 1e-5
 IDS = torch.arange(3, 19).reshape(2, 8)
 
 
-def loaded(base: Any, folders: list[Path]) -> Any:
-    """One PEFT model with every adapter on it."""
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(copy.deepcopy(base), str(folders[0]), adapter_name=folders[0].name)
-    for folder in folders[1:]:
-        model.load_adapter(str(folder), adapter_name=folder.name)
-    return model.eval()
-
-
-def theirs(model: Any, weights: dict[str, float], kind: str, **more: Any) -> dict[str, torch.Tensor]:
-    """PEFT's merge, set active; module -> its dW."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.add_weighted_adapter(list(weights), list(weights.values()), "merged", combination_type=kind, **more)
-    model.set_adapter("merged")
-    model.eval()  # the new adapter's dropout comes in training mode
-    return peft_deltas(model, "merged")
+# -- tiny models -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,121 @@ def mixed(base, tmp_path_factory):
     ]
 
 
+KINDS = {
+    "llama": (tiny_llama, ["embed_tokens", "q_proj", "v_proj", "down_proj", "lm_head"], ["v_proj", "embed_tokens"]),
+    "gpt2": (tiny_gpt2, ["wte", "c_attn", "c_proj"], ["c_attn", "c_fc"]),  # Conv1D, stored transposed
+    "conv": (ConvNet, ["one", "two", "point", "three", "out"], ["two", "out", "three"]),
+}
+_FOUND: dict[str, tuple[Any, Bank]] = {}
+
+
+@pytest.fixture
+def kind(request, tmp_path_factory):
+    """(PEFT's model, our bank) of three adapters of one rank: other alphas, one rsLoRA, an alpha of its own, fewer modules.
+
+    The second is rsLoRA, not the first: PEFT would keep the first one's setting and scale the result by it.
+    """
+    name = request.param
+    if name not in _FOUND:
+        make, targets, fewer = KINDS[name]
+        model, root = make(), tmp_path_factory.mktemp(name)
+        transposed = {"fan_in_fan_out": True} if name == "gpt2" else {}
+        paths = [
+            peft_folder(model, root / "a", 1, target_modules=targets, lora_alpha=8, **transposed),
+            peft_folder(model, root / "b", 2, target_modules=targets, lora_alpha=3, use_rslora=True, **transposed),
+            peft_folder(
+                model, root / "c", 3, target_modules=fewer, lora_alpha=16, alpha_pattern={fewer[0]: 5}, **transposed
+            ),
+        ]
+        _FOUND[name] = loaded(model, paths), Bank.load(paths)
+    return _FOUND[name]
+
+
 WEIGHTS = [{"a": 0.5, "b": 0.5}, {"a": 0.9, "b": -0.4, "c": 1.3}, {"a": -1.0, "b": 2.0}, {"c": 1.0, "b": 0.0, "a": 0.3}]
+DENSITIES = [0.0, 0.1, 0.37, 0.5, 0.8, 1.0]
+ENTRYWISE = [
+    Ties,
+    Ties(majority="frequency"),
+    MagnitudePrune,
+    DareLinear(seed=3),
+    DareTies(seed=4),
+    DareTies(majority="frequency"),
+]
+
+
+@pytest.mark.parametrize("rule", ENTRYWISE, ids=str)
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+def test_factors_space_is_peft_s(kind, rule):
+    """Every density with two kinds of weights: 0 votes, negative ones sign A, sums need not be 1."""
+    model, bank = kind
+    for at, density in enumerate(DENSITIES):
+        if density == 0 and "seed" in rule.values:
+            continue  # PEFT divides by 0
+        for weights in (WEIGHTS[at % 4], WEIGHTS[(at + 1) % 4]):
+            agree(*both(model, bank, weights, rule(density=density)))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+def test_linear_and_cat_are_peft_s(kind, weights):
+    model, bank = kind
+    agree(*both(model, bank, weights, Linear))
+    agree(ours(bank, weights, "cat", "factors"), theirs(model, weights, "cat"))
+
+
+@pytest.mark.parametrize("rule", [r(density=0.37) for r in ENTRYWISE], ids=str)
+def test_logits_are_peft_s(rule, base, folders, tmp_path):
+    peft, bank = loaded(base, folders), Bank.load(folders)
+    both(peft, bank, WEIGHTS[1], rule)
+    merge(bank, Weights(WEIGHTS[1]), rule, "factors").adapter.save(tmp_path / "ours")
+    assert close(logits(load_in_peft(base, tmp_path / "ours"), IDS), logits(peft, IDS))
+    assert float((logits(peft, IDS) - logits(base, IDS)).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("rule", [DareLinear, DareTies], ids=str)
+def test_density_0_of_dare_is_nothing_here_and_nan_in_peft(rule, base, folders):
+    want = theirs(loaded(base, folders), WEIGHTS[0], rule.name, density=0.0)
+    assert all(bool(w.isnan().all()) for w in want.values())
+    assert all(
+        float(g.abs().max()) == 0 for g in ours(Bank.load(folders), WEIGHTS[0], rule(density=0), "factors").values()
+    )
+
+
+def test_one_adapter_peft_never_prunes(base, folders):
+    """add_weighted_adapter turns any rule into linear where one adapter is given; a rule here means what it says."""
+    peft, bank = loaded(base, folders), Bank.load(folders)
+    want = theirs(peft, {"a": 0.5}, "ties", density=0.2)
+    agree(ours(bank, {"a": 0.5}, "linear", "factors"), want)
+    assert (
+        relative(ours(bank, {"a": 0.5}, Ties(density=0.2), "factors")[next(iter(want))], next(iter(want.values())))
+        > 0.1
+    )
+    agree(ours(bank, {"a": 0.5}, Ties(density=1), "factors"), want)
+
+
+@pytest.mark.parametrize("rule", ENTRYWISE, ids=str)
+@pytest.mark.parametrize("cut", [1, 5, 32])
+def test_delta_space_is_peft_s_svd_variants(rule, cut, base, mixed):
+    """Ranks differ; cut 32 is the full rank. PEFT counts a zero-weighted adapter as a vote, so those stay out here."""
+    peft, bank = loaded(base, mixed), Bank.load(mixed)
+    for density, weights in ((0.1, WEIGHTS[0]), (0.5, WEIGHTS[1]), (0.8, WEIGHTS[2]), (1.0, WEIGHTS[1])):
+        got, want = both(peft, bank, weights, rule(density=density), cut)
+        agree_cut(got, want, ours(bank, weights, rule(density=density), "delta", "full"), cut)
+
+
+@pytest.mark.parametrize("rule", ENTRYWISE, ids=str)
+@pytest.mark.parametrize(("which", "rank"), [("gpt2", 6), ("conv", 3)])
+def test_delta_space_of_stored_transposed_embeddings_and_conv2d(which, rank, rule, base, tmp_path):
+    """(PEFT's `_svd` variants know Conv2d, not Conv1d or Conv3d.)"""
+    model = KINDS[which][0]()
+    targets = ["wte", "c_attn", "c_proj"] if which == "gpt2" else ["two", "point", "out"]
+    more = {"target_modules": targets, "fan_in_fan_out": which == "gpt2"}
+    paths = [peft_folder(model, tmp_path / n, i, lora_alpha=3 + i, **more) for i, n in enumerate("ab")]
+    bank, weights, rule = Bank.load(paths), {"a": 0.8, "b": -0.5}, rule(density=0.37)
+    got, want = both(loaded(model, paths), bank, weights, rule, rank)
+    agree_cut(got, want, ours(bank, weights, rule, "delta", "full"), rank)
+
+
 CASES = [
     ("linear", "factors", "folders"),
     ("cat", "delta", "folders"),
@@ -85,13 +203,9 @@ def test_tiny(rule, space, which, weights, base, request, tmp_path):
     want = theirs(peft, weights, rule, **({"svd_rank": rank} if rank else {}))
     merged = merge(Bank.load(paths), Weights(weights), rule, space, rank)
     merged.adapter.save(tmp_path / "ours")
-    ours = load_in_peft(base, tmp_path / "ours")
-    got = peft_deltas(ours)
-    for module, dense in want.items():
-        if float(dense.norm()) == 0 and module not in got:
-            continue
-        assert relative(got[module], dense) < NEAR, module
-    assert close(logits(ours, IDS), logits(peft, IDS))
+    model = load_in_peft(base, tmp_path / "ours")
+    agree(peft_deltas(model), want)
+    assert close(logits(model, IDS), logits(peft, IDS))
     assert float((logits(peft, IDS) - logits(base, IDS)).abs().max()) > 1e-2
 
 
@@ -118,47 +232,159 @@ def test_rslora_is_where_peft_is_wrong(base, tmp_path):
         assert relative(want[m], 4 * truth) < NEAR  # sqrt(16): if this fails PEFT is mended, and docs should say so
 
 
-@pytest.mark.real
-@pytest.mark.parametrize(
-    ("rule", "space", "rank"), [("linear", "factors", None), ("cat", "delta", None), ("svd", "delta", 4)]
-)
-def test_shipped_bank(rule, space, rank, real_model_folder, real_bank_folder, tmp_path):
-    """Factors-space linear, cat and svd against PEFT on the real bank: dW within 1e-5, equal logits.
+# -- DARE by distribution ----------------------------------------------------------------------------------------------
 
-    Layers 0 and 29 only, so that PEFT's dense SVDs end in seconds.
-    """
-    import json
 
+@pytest.mark.parametrize("rule", [DareLinear, DareTies], ids=str)
+def test_dare_s_mean_and_variance_over_seeds_are_peft_s(rule):
+    """Of dW entries over 500 seeds, each within 5 standard errors of the other; the estimate of a variance has kurtosis."""
+    from peft.utils import merge_utils
+
+    density, runs, weights = 0.4, 500, [0.8, -0.3, 0.5]
+    parts = [factors(5, 4, 3, i, 1.0) for i in range(3)]
+    root = torch.tensor(weights).abs().sqrt()
+    signed, kind = root * torch.tensor(weights).sign(), getattr(merge_utils, rule.name)
+
+    def ours_at(seed: int) -> Tensor:
+        return merge_factors([{"m": f} for f in parts], weights, rule(density=density, seed=seed), "factors")[
+            "m"
+        ].dense()
+
+    def theirs_at(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        a, b = (kind([getattr(f, x) for f in parts], w, density) for x, w in (("A", signed), ("B", root)))
+        return (b @ a).double()
+
+    with torch.random.fork_rng():
+        got, want = (torch.stack([draw(seed) for seed in range(runs)]) for draw in (ours_at, theirs_at))
+    error = (got.var(0) + want.var(0)).div(runs).sqrt()
+    apart = ((got.mean(0) - want.mean(0)) / error).abs()
+    assert float(apart.max()) < 4 and float(apart.square().mean()) < 2
+    squares = [(x - x.mean(0)).square() for x in (got, want)]
+    error = (squares[0].var(0) + squares[1].var(0)).div(runs).sqrt()
+    apart = ((squares[0].mean(0) - squares[1].mean(0)) / error).abs()
+    assert float(apart.max()) < 4 and float(apart.square().mean()) < 2
+    if rule.name == "dare_linear":  # and unbiased: A and B are dropped apart, so the mean is linear's
+        linear = merge_factors([{"m": f} for f in parts], weights, Linear, "factors")["m"].dense()
+        assert float(((got.mean(0) - linear) / (got.var(0) / runs).sqrt()).abs().max()) < 4
+
+
+# -- the shipped bank --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(real_model_folder, real_bank_folder, tmp_path_factory):
+    """(base, PEFT's model, folders) of three adapters of one rank; layers 0 and 29, so that PEFT's dense SVDs end in seconds."""
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(real_model_folder), dtype=torch.float32).eval()
-    names = sorted(p.parent.name for p in real_bank_folder.glob("*/adapter_config.json"))
-    ranks = {n: json.loads((real_bank_folder / n / "adapter_config.json").read_text())["r"] for n in names}
-    alike = [n for n in names if ranks[n] == ranks[names[0]]][:3]
-    assert len(alike) >= 2, f"the bank needs two adapters of one rank for this test, it has {ranks}"
+    configs = {p.parent: json.loads(p.read_text()) for p in sorted(real_bank_folder.glob("*/adapter_config.json"))}
+    ranks = {folder.name: config["r"] for folder, config in configs.items()}
+    alike = [folder for folder in configs if ranks[folder.name] == next(iter(ranks.values()))][:3]
+    assert len(alike) == 3, f"the bank needs three adapters of one rank for this test, it has {ranks}"
     paths = []
-    for name in alike:
-        folder = tmp_path / name
+    for source in alike:
+        folder = tmp_path_factory.mktemp("real") / source.name
         folder.mkdir()
-        config = json.loads((real_bank_folder / name / "adapter_config.json").read_text()) | {
-            "layers_to_transform": [0, 29]
-        }
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        tensors = load_file(real_bank_folder / name / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(configs[source] | {"layers_to_transform": [0, 29]}))
+        tensors = load_file(source / "adapter_model.safetensors")
         kept = {k: v.float() for k, v in tensors.items() if ".layers.0." in k or ".layers.29." in k}
         save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
         paths.append(folder)
-    weights = dict(zip(alike, [0.7, -0.4, 0.5], strict=False))
-    peft = loaded(model, paths)
-    want = theirs(peft, weights, rule, **({"svd_rank": rank, "svd_full_matrices": False} if rule == "svd" else {}))
-    merge(Bank.load(paths), Weights(weights), rule, space, rank).adapter.save(tmp_path / "ours")
-    ours = load_in_peft(model, tmp_path / "ours")
-    got = peft_deltas(ours)
-    assert set(got) == set(want) and len(got) == 14
-    worst = max(relative(got[m], want[m]) for m in want)
-    assert worst < NEAR, worst
-    tokenizer = AutoTokenizer.from_pretrained(str(real_model_folder))
+    return model, loaded(model, paths), paths
+
+
+def weighed(paths: list[Path]) -> dict[str, float]:
+    return dict(zip([p.name for p in paths], [0.7, -0.4, 0.5], strict=True))
+
+
+def same_logits(real: Any, merged: Adapter, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model, peft, _ = real
+    merged.save(folder)
+    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
     ids = tokenizer("Is this text message spam or ham? Message: You won a prize!", return_tensors="pt").input_ids
-    apart = float((logits(ours, ids) - logits(peft, ids)).abs().max())
-    assert apart < 1e-3 < float((logits(peft, ids) - logits(model, ids)).abs().max()), apart
+    want = logits(peft, ids)
+    apart = float((logits(load_in_peft(model, folder), ids) - want).abs().max())
+    assert apart < 1e-3 < float((want - logits(model, ids)).abs().max()), apart
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("rule", "space", "rank"), [("cat", "delta", None), ("svd", "delta", 4)])
+def test_shipped_bank(rule, space, rank, real, tmp_path):
+    _, peft, paths = real
+    bank, weights = Bank.load(paths), weighed(paths)
+    want = theirs(peft, weights, rule, **({"svd_rank": rank, "svd_full_matrices": False} if rule == "svd" else {}))
+    got = merge(bank, Weights(weights), rule, space, rank).adapter
+    assert set(got) == set(want) and len(got) == 14
+    agree({m: as_weight(got[m]) for m in got}, want)
+    same_logits(real, got, tmp_path / "ours")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("rule", [Linear, *ENTRYWISE], ids=str)
+def test_shipped_bank_in_factors_space(rule, real, tmp_path):
+    _, peft, paths = real
+    bank, weights = Bank.load(paths), weighed(paths)
+    with lowest_index_first():
+        got, want = both(peft, bank, weights, rule)
+    assert len(got) == 14
+    agree(got, want)
+    if rule in (Linear, Ties):
+        same_logits(real, merge(bank, Weights(weights), rule, "factors").adapter, tmp_path / "ours")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("rule", [Ties, MagnitudePrune, DareLinear(seed=3), DareTies(majority="frequency")], ids=str)
+def test_shipped_bank_in_delta_space_before_the_cut(rule, real):
+    """PEFT's `_svd` variants up to their SVD: its rule on its own dW."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import merge_utils
+
+    _, peft, paths = real
+    bank, weights = Bank.load(paths), weighed(paths)
+    kind, more = named(rule)
+    want: dict[str, Tensor] = {}
+    given = masks(peft, list(bank.values()), rule, True) if "seed" in rule.values else iter(())
+    with warnings.catch_warnings(), drawn(given):
+        warnings.simplefilter("ignore")
+        for module, layer in peft.base_model.model.named_modules():
+            if isinstance(layer, LoraLayer):
+                dense = [layer.get_delta_weight(n) for n in weights]
+                want[module] = getattr(merge_utils, kind)(dense, torch.tensor(list(weights.values())), **more)
+    assert len(want) == 14
+    agree(ours(bank, weights, rule, "delta", "full"), want)
+
+
+@pytest.mark.real
+def test_shipped_bank_cut_to_a_rank(real):
+    """PEFT's `ties_svd` from end to end."""
+    _, peft, paths = real
+    bank, weights = Bank.load(paths), weighed(paths)
+    got, want = both(peft, bank, weights, Ties, 4)
+    assert len(got) == 14
+    agree(got, want)
+
+
+@pytest.mark.real
+def test_equal_magnitudes(real_bank_folder):
+    """Of the bank's fp16 factors, PEFT and we keep the same magnitudes and differ only in which of those at the limit."""
+    from peft.utils import merge_utils
+
+    parted = 0
+    for folder in sorted(real_bank_folder.glob("*/adapter_config.json"))[:3]:
+        of = Adapter.load(folder.parent)
+        for module in [m for m in of if ".layers.0." in m]:
+            for x, density in itertools.product((of[module].A.float(), of[module].B.float()), (0.1, 0.2, 0.5, 0.8)):
+                flat = x.flatten()[None]
+                limits = largest(lambda flat=flat: iter([flat]), x.numel(), int(density * x.numel()), True)
+                got, want = limits.keep(flat)[0], merge_utils.prune(x, density, "magnitude").flatten()
+                assert torch.equal(got.abs().sort().values, want.abs().sort().values)
+                at_limit = flat[0].abs() == limits.magnitude
+                assert torch.equal(got[~at_limit], want[~at_limit])
+                kept = got[at_limit] != 0
+                assert bool((kept[:-1] >= kept[1:]).all())  # the first ones
+                parted += not bool(kept.all())
+    assert parted > 50  # else this test says nothing

@@ -1,27 +1,68 @@
-"""`loralloy inspect`: what an adapter is, module by module and layer by layer."""
+"""`loralloy inspect`: what an adapter is, module by module and layer by layer; of several, what they share."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Json
+from ..errors import LoralloyError
+from .common import Json, OptionalPath, SameBase
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="An adapter folder, or org/name@revision.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER...", help="Adapter folders, org/name@revision, or a folder of adapters."),
+    ],
     modules: Annotated[bool, typer.Option("--modules", help="One row a module instead of one a layer.")] = False,
+    by: Annotated[str, typer.Option(help="Of several adapters: rows by layer or by projection.")] = "layer",
+    plot: Annotated[OptionalPath, typer.Option("--plot", help="Of several adapters: a picture to write (PNG).")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing picture.")] = False,
+    assume_same_base: SameBase = False,
     json: Json = False,
 ) -> None:
     """Show an adapter: base model, licence, modules, ranks, and the norm of dW by layer. Reads every tensor once.
 
-    Example: loralloy inspect examples/bank/sms_spam
+    Of two or more: what they share before you merge them (cosine of dW, shared directions, sign conflict, SAR, norms), and
+    what the numbers say about the choice of rule.
+
+    Example: loralloy inspect examples/bank/sms_spam examples/bank/sarcasm --plot overlap.png
     """
+    if by not in ("layer", "projection"):
+        raise LoralloyError(f"--by {by!r} is not known; choose layer or projection, or pass --modules for every module")
+    if by != "layer" and modules:
+        raise LoralloyError(f"--by {by} and --modules are two ways to cut the rows; pass one of them")
+    given = _expand(adapters)
+    if len(given) > 1:
+        _overlap(given, "module" if modules else by, plot, overwrite, assume_same_base, json)
+        return
+    for flag, used in (("--by projection", by != "layer"), ("--plot", plot is not None)):
+        if used:
+            raise LoralloyError(f"{flag} compares adapters, and only {given[0]} was given; name two or more")
+    _one(given[0], modules, json)
+
+
+def _expand(refs: list[str]) -> list[str]:
+    """A folder of adapters stands for each of them, by name."""
+    from ..adapter import CONFIG_FILE, WEIGHTS_FILE
+
+    found: list[str] = []
+    for ref in refs:
+        folder = Path(ref)
+        inside = sorted(p.parent for p in folder.glob(f"*/{CONFIG_FILE}") if not p.parent.name.startswith("."))
+        itself = any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE))
+        found += [str(p) for p in inside] if inside and not itself else [ref]
+    return found
+
+
+def _one(adapter: str, modules: bool, json: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -59,6 +100,37 @@ def inspect(
             bar = Text("█" * round(28 * layer["norm"] / top), style="cyan")
             table.add_row(str(layer["layer"]), str(layer["modules"]), f"{layer['norm']:.4f}", bar)
     stdout.print(table)
+
+
+def _overlap(refs: list[str], by: Any, plot: Path | None, overwrite: bool, assume_same_base: bool, json: bool) -> None:
+    from ..atomic import check_free
+    from ..bank import Bank
+    from ..console import console, progress
+    from ..console import out as stdout
+    from ..overlap import draw, overlap, tables
+
+    if plot is not None:  # before any work
+        if importlib.util.find_spec("matplotlib") is None:
+            raise LoralloyError("--plot draws a picture, which needs matplotlib: pip install 'loralloy[plots]'")
+        if plot.suffix.lower() != ".png":
+            raise LoralloyError(f"--plot {plot} is not a PNG file; give a name that ends in .png")
+        check_free(plot.absolute(), overwrite)
+    bank = Bank.load(refs, assume_same_base)
+    with progress() as bar:
+        task = bar.add_task("overlap", total=len(bank.modules))
+        found = overlap(bank, on_module=lambda _: bar.advance(task))
+    if plot is not None:
+        with console.status("drawing"):
+            draw(found, plot, overwrite)
+    if json:
+        stdout.print_json(data=found.to_dict(by) | ({"plot": str(plot)} if plot is not None else {}))
+        return
+    stdout.print(f"{len(bank)} adapters of {bank.base}", markup=False, soft_wrap=True)
+    for part in tables(found, by):
+        stdout.print()
+        stdout.print(part)
+    if plot is not None:
+        stdout.print(f"wrote {plot}", markup=False, soft_wrap=True)
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:

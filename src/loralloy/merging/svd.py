@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ..factors import LoraFactors, weighted_sum
-from .rule import Rule, Space
+from .rule import Rule
+from .stack import LowRank, Stack
 
 
-def svd(factors: Sequence[LoraFactors], weights: Sequence[float], space: Space = "delta") -> LoraFactors:
-    """The exact sum; `merge` then cuts it to the output rank (Eckart-Young) from QRs of the stacked factors.
+def svd(stack: Stack) -> LowRank:
+    """The exact sum; `merge` then cuts it to the output rank (Eckart-Young) in r-space (see :mod:`.cut`).
 
     PEFT's `svd` computes the same dW from a dense SVD of each module [peft 0.21.2; up to 0.20.0 it was scaled twice].
     """
-    return weighted_sum(factors, weights)
+    return stack.weighted_sum()
 
 
 RULE = Rule(
     "svd",
     svd,
-    ("delta",),
-    "max",
     "the weighted sum of dW, cut optimally to a rank (default: the largest parent rank)",
     "one small adapter of a fixed rank, with the error of the cut reported",
+    "PEFT 0.21.2; Eckart and Young 1936",
+    acts_on="stack",
+    spaces=("delta",),
     sums=("delta",),
 )

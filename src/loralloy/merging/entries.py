@@ -1,0 +1,130 @@
+"""Entries: what entrywise rules see. T adapters' numbers at the same places, whatever the space they come from.
+
+`dW` (delta), `A` or `B` (factors), aligned right factors (knots) or cores (core): a rule such as TIES is one function of
+Entries, and a space decides what its entries are (see :mod:`.spaces`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .select import Limits
+
+Trim: TypeAlias = Literal["tensor", "all"]
+Majority: TypeAlias = Literal["total", "frequency"]
+Normaliser: TypeAlias = Literal["count", "weights"]
+Vote: TypeAlias = Literal["unweighted", "weighted"]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """One block of entries of L modules in T adapters.
+
+    Attributes:
+        values: T tensors [L, n].
+        weights: [T, L], what each adapter's entries are multiplied with.
+        shares: [T, L], the same without the LoRA scaling: what a normaliser divides by.
+        keys: [T, L] int64, seeds of random masks.
+        limits: T trimming limits, where the rule trims.
+        start: index of the first entry in its tensor.
+        dtype: what is computed in.
+    """
+
+    values: Sequence[Tensor]
+    weights: Tensor
+    shares: Tensor
+    keys: Tensor
+    limits: Sequence[Limits] | None
+    start: int
+    dtype: torch.dtype
+
+    def trimmed(self) -> list[Tensor]:
+        """The entries with the smallest magnitudes set to 0, by the limits that the rule's density and scope gave."""
+        assert self.limits is not None
+        return [limit.keep(x) for x, limit in zip(self.values, self.limits, strict=True)]
+
+    def dropped(self, density: float, seed: int) -> list[Tensor]:
+        """Each entry kept with probability `density` and divided by it, else 0 (DARE; Yu et al. 2024, section 3.1)."""
+        if density >= 1:
+            return list(self.values)
+        if density <= 0:
+            return [torch.zeros_like(x) for x in self.values]
+        result = []
+        for x, keys in zip(self.values, self.keys, strict=True):
+            kept = random_mask(keys, self.start, x.shape[1], density, seed)
+            result.append(x.to(self.dtype) * kept / density)  # in this order: what is dropped cannot overflow
+        return result
+
+    def summed(self, values: Sequence[Tensor] | None = None) -> Tensor:
+        """sum_i w_i x_i, [L, n]."""
+        values = self.values if values is None else values
+        weights = self.weights.to(self.dtype)
+        total = values[0] * weights[0, :, None]
+        for x, w in zip(values[1:], weights[1:], strict=True):
+            total.addcmul_(x.to(self.dtype), w[:, None])
+        return total
+
+    def disjoint(self, values: Sequence[Tensor], majority: Majority, normaliser: Normaliser, vote: Vote) -> Tensor:
+        """Elect a sign for each entry and average the entries that have it (TIES; Yadav et al. 2023, steps 2 and 3).
+
+        The elected sign is + where the vote is 0, as in PEFT. An entry where no adapter agrees is 0.
+        """
+        weights, shares = self.weights.to(self.dtype), self.shares.abs().to(self.dtype)
+        if vote == "weighted":
+            values, weights = [x * w[:, None] for x, w in zip(values, weights, strict=True)], torch.ones_like(weights)
+        poll = values[0].to(self.dtype, copy=True) if majority == "total" else values[0].sign().to(self.dtype)
+        for x in values[1:]:
+            poll += x if majority == "total" else x.sign()
+        sign = torch.ge(poll, 0.0, out=poll).mul_(2.0).sub_(1.0)
+        total = agreeing = mine = torch.empty(0)
+        for i, (x, w, share) in enumerate(zip(values, weights, shares, strict=True)):
+            mine = torch.mul(x, sign, out=mine if i else None).relu_()  # |x| where it has the elected sign, else 0
+            total = total.addcmul_(mine, w[:, None]) if i else mine * w[:, None]
+            mine.sign_()
+            if normaliser == "count":
+                agreeing = agreeing.add_(mine) if i else mine.clone()
+            else:
+                agreeing = agreeing.addcmul_(mine, share[:, None]) if i else mine * share[:, None]
+        if normaliser == "count":
+            agreeing.clamp_(min=1.0)
+        else:
+            agreeing.add_(torch.eq(agreeing, 0.0, out=mine))
+        return total.mul_(sign).div_(agreeing)
+
+
+def random_mask(keys: Tensor, start: int, n: int, density: float, seed: int) -> Tensor:
+    """Which of entries start..start+n are kept, [L, n]: each with probability `density`, the same on every device.
+
+    A counter hash rather than a generator: an entry's fate depends on (seed, adapter, module, index) alone, not on the
+    order, the batching or the device. The mixer is lowbias32 (C. Wellons, "Prospecting for hash functions", 2018,
+    public domain), applied to the index and again after each half of the key.
+    """
+    first = (start + 2**31) % 2**32 - 2**31  # an embedding may have more than 2^31 entries; sums wrap
+    index = torch.arange(n, dtype=torch.int32, device=keys.device) + first
+    keys = seeded(keys, seed)
+    low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)  # a conversion to int32 wraps
+    bits = _mix(_mix(index)[None] ^ low[:, None]) ^ high[:, None]
+    bits = _mix(bits)
+    limit = math.floor(density * 2**32) - 2**31
+    return bits < limit if limit < 2**31 else torch.ones_like(bits, dtype=torch.bool)
+
+
+def seeded(keys: Tensor, seed: int) -> Tensor:
+    """Keys [...] int64 of another seed."""
+    return keys ^ ((seed * 0x9E3779B97F4A7C15 + (1 << 63)) % (1 << 64) - (1 << 63))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """lowbias32 on int32 [..., n], in place; products wrap, shifts are made logical by a mask."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x

@@ -1,0 +1,253 @@
+"""What a merge will do, as plain data: which modules, grouped by shape, from which adapters, under which rule, to what rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+from ..adapter import Adapter
+from ..bank import Bank
+from ..errors import LoralloyError
+from ..factors import LoraFactors
+from ..weights import Weights
+from .measure import MEASURES, Measure
+from .rule import Plugin, Rule, Space
+
+Rank: TypeAlias = "int | Literal['max', 'full']"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules of one shape, in the same adapters with the same ranks: what is merged in one batch.
+
+    Attributes:
+        modules: L names.
+        who: T positions of the adapters that take part.
+        outlines: T factors of the first module; only shapes and kinds are read.
+        scaling, weights: [T][L].
+        rank: of the result before padding; the rule's own where nothing is cut.
+        cut: whether the rule's own result is cut down to `rank`.
+    """
+
+    modules: list[str]
+    who: tuple[int, ...]
+    outlines: list[LoraFactors]
+    scaling: list[list[float]]
+    weights: list[list[float]]
+    rank: int
+    cut: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.outlines[0].shape
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(f.rank for f in self.outlines)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge before it runs. `parents` are the adapters that take part; positions in groups refer to them."""
+
+    name: str
+    parents: list[Adapter]
+    weights: Weights
+    rule: Rule
+    space: Space
+    rank: Rank
+    energy: float | None
+    before: Plugin | None
+    after: Plugin | None
+    dtype: torch.dtype
+    device: torch.device
+    measure: Measure
+    groups: list[Group]
+    notes: tuple[str, ...]
+
+    @property
+    def top(self) -> int:
+        """The one rank that every module of the result gets."""
+        return max((g.rank for g in self.groups), default=1)
+
+    @property
+    def modules(self) -> list[str]:
+        return [m for g in self.groups for m in g.modules]
+
+    @property
+    def bytes_out(self) -> int:
+        """Size of the result's tensors (with `energy`, an upper bound)."""
+        entries = sum(len(g.modules) * sum(g.shape) for g in self.groups) * self.top
+        return entries * torch.empty(0, dtype=self.dtype).element_size()
+
+
+def natural_rank(rule: Rule, space: Space, ranks: Sequence[int], shape: tuple[int, int]) -> int:
+    """The rank of a rule's own result: r in factors space, min(out, in) for entries of dW, else the sum of ranks."""
+    if rule.acts_on == "stack" or space in rule.sums:
+        return sum(ranks)
+    if space == "factors":
+        return ranks[0]
+    return min(shape) if space == "delta" else min(sum(ranks), *shape)
+
+
+def make_groups(
+    modules: Iterable[str],
+    adapters: int,
+    outline: Callable[[int, str], LoraFactors | None],
+    weight: Callable[[int, str], float],
+    rule: Rule,
+    space: Space,
+    rank: Rank,
+) -> list[Group]:
+    """Modules grouped by shape, kind, ranks and who has them. `outline` gives None for an adapter without the module.
+
+    Outside factors space weight 0 is absence: of rank, of modules; where all weights are 0 the result is zero. In factors
+    space an adapter of weight 0 takes part, as in PEFT.
+    """
+    found: dict[object, tuple[list[str], tuple[int, ...], list[LoraFactors], list[list[float]], list[list[float]]]] = {}
+    names = list(modules)
+    any_weight = any(weight(i, m) for m in names for i in range(adapters) if outline(i, m) is not None)
+    absent = any_weight and space != "factors"
+    for module in names:
+        having = [(i, f, weight(i, module)) for i in range(adapters) if (f := outline(i, module)) is not None]
+        if any_weight and not any(w for _, _, w in having):
+            continue
+        if absent:
+            having = [entry for entry in having if entry[2]]
+        key = tuple([(i, f.kind, f.A.shape, f.B.shape) for i, f, _ in having])
+        group = found.get(key)
+        if group is None:
+            who, outlines = tuple(i for i, _, _ in having), [f for _, f, _ in having]
+            _check_alike(module, outlines)
+            group = found[key] = ([], who, outlines, [[] for _ in who], [[] for _ in who])
+        group[0].append(module)
+        for t, (_, f, w) in enumerate(having):
+            group[3][t].append(f.scaling)
+            group[4][t].append(w)
+    result = []
+    for members, who, outlines, scaling, weights in found.values():
+        ranks = [f.rank for f in outlines]
+        own = natural_rank(rule, space, ranks, outlines[0].shape)
+        limit = max(ranks) if rank == "max" else own if rank == "full" else int(rank)
+        cut = limit < own
+        goal = min(limit, *outlines[0].shape) if cut else own
+        result.append(Group(members, who, outlines, scaling, weights, goal, cut))
+    return result
+
+
+def _check_alike(module: str, outlines: Sequence[LoraFactors]) -> None:
+    """A bank has seen to it already; bare factors come from anywhere."""
+    first = outlines[0]
+    for f in outlines[1:]:
+        if (f.kind, f.B.shape[0], f.A.shape[1:]) != (first.kind, first.B.shape[0], first.A.shape[1:]):
+            raise LoralloyError(
+                f"module {module!r} is {first.kind} {list(first.shape)} in one adapter but {f.kind} {list(f.shape)} in another; "
+                "they are not of one base model"
+            )
+
+
+def make_plan(
+    bank: Bank,
+    weights: Weights,
+    rule: str | Rule = "linear",
+    space: Space | None = None,
+    rank: Rank | None = None,
+    dtype: torch.dtype | None = None,
+    name: str = "merged",
+    *,
+    energy: float | None = None,
+    before: str | Plugin | None = None,
+    after: str | Plugin | None = None,
+    device: str | torch.device = "cpu",
+    measure: Measure = "exact",
+) -> Plan:
+    """Check everything that can be checked before a tensor is read; arguments as :func:`loralloy.merging.merge`.
+
+    Raises LoralloyError for weights of unknown adapters, a space in which the rule is not defined, ranks that cannot be
+    combined, and values out of range.
+    """
+    from . import get_plugin, get_rule
+
+    chosen = get_rule(rule) if isinstance(rule, str) else rule
+    if not isinstance(chosen, Rule):
+        raise LoralloyError(f"{chosen} is not a rule; give a rule's name or a rule such as Ties(density=0.2)")
+    space = chosen.check_space(chosen.spaces[0] if space is None else space)
+    plugins = {}
+    for when, given in (("before", before), ("after", after)):
+        plugin = get_plugin(given) if isinstance(given, str) else given
+        if plugin is not None and plugin.when != when:
+            raise LoralloyError(f"plug-in {plugin.name!r} goes {plugin.when} the rule; pass it as --{plugin.when}")
+        plugins[when] = plugin
+    if energy is not None and not (isinstance(energy, int | float) and energy is not True and 0 < energy <= 1):
+        raise LoralloyError(f"energy {energy!r} is not valid; give a fraction of ||dW||^2 above 0, at most 1")
+    if energy is not None and rank is not None:
+        raise LoralloyError(
+            f"rank {rank} and energy {energy} are both given; one of them decides the rank, drop the other"
+        )
+    rank = ("full" if energy is not None else chosen.default_rank) if rank is None else rank
+    if not (rank in ("max", "full") or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1)):
+        raise LoralloyError(f"rank {rank!r} is not valid; give a positive number, 'max' or 'full'")
+    if measure not in MEASURES:
+        raise LoralloyError(f"measure {measure!r} is not known; choose {', '.join(MEASURES)}")
+    where = _device(device)
+    bank.check_weights(weights)
+    parents = [bank[n] for n in weights.names]
+    if space != "factors":  # weight 0 is absence: of its dtype and saved modules too (all zero: a merge to zero)
+        parents = [p for p in parents if any(weights.of(p.name, m) for m in p)] or parents
+
+    stored = dtype or common_dtype(parents)
+    if stored not in _DTYPES:
+        raise LoralloyError(f"{stored} cannot be merged to; store the result as fp16, bf16 or fp32 (--dtype)")
+    outlines = [{m: p.outline(m) for m in p} for p in parents]
+    groups = make_groups(
+        dict.fromkeys(m for p in parents for m in p),
+        len(parents),
+        lambda i, m: outlines[i].get(m),
+        lambda i, m: weights.of(parents[i].name, m),
+        chosen,
+        space,
+        rank,
+    )
+    if space == "factors" and space not in chosen.sums:
+        for g in groups:
+            if len(set(g.ranks)) > 1:
+                who = ", ".join(f"{parents[i].name} {r}" for i, r in zip(g.who, g.ranks, strict=True))
+                raise LoralloyError(
+                    f"module {g.modules[0]!r} of {', '.join(parents[i].name for i in g.who)}: rule {chosen.name!r} in factors "
+                    f"space adds A to A, so ranks must be equal; they are {sorted(set(g.ranks))} ({who}). Use --space delta, "
+                    "which takes any ranks"
+                )
+    notes = []
+    silent = [p.name for p in parents if not any(weights.of(p.name, m) for m in p)]
+    if space == "factors" and silent and len(silent) < len(parents) and "majority" in chosen.parameters:
+        notes.append(
+            f"{', '.join(silent)}: weight 0 still votes in factors space, as in PEFT; leave it out to silence it"
+        )
+    return Plan(
+        name, parents, weights, chosen, space, rank, energy, plugins["before"], plugins["after"],
+        stored, where, measure, groups, tuple(notes),
+    )  # fmt: skip
+
+
+def common_dtype(parents: Sequence[Adapter]) -> torch.dtype:
+    """The parents' dtype, or float32 where they differ."""
+    dtypes = {p.dtype for p in parents}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise LoralloyError(
+            f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda where there is one"
+        ) from None
+    return found
