@@ -16,7 +16,7 @@ from loralloy.bank import Bank
 from loralloy.base_ref import BaseRef
 from loralloy.factors import LoraFactors
 from loralloy.merging import DareLinear, DareTies, MagnitudePrune, Rule, Space, Ties, make_plan, merge
-from loralloy.merging.engine import _keys
+from loralloy.merging.batches import keys_of as _keys
 from loralloy.merging.entries import random_mask
 from loralloy.weights import Weights
 

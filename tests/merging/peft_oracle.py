@@ -22,7 +22,7 @@ from helpers import as_weight, peft_deltas, relative
 from loralloy.adapter import Adapter
 from loralloy.bank import Bank
 from loralloy.merging import Rule, merge, spaces
-from loralloy.merging.engine import _keys
+from loralloy.merging.batches import keys_of as _keys
 from loralloy.merging.entries import random_mask
 from loralloy.merging.stack import Stack
 from loralloy.weights import Weights

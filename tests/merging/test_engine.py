@@ -28,7 +28,7 @@ from loralloy.adapter import Adapter
 from loralloy.bank import Bank
 from loralloy.errors import LoralloyError
 from loralloy.factors import LoraFactors
-from loralloy.merging import RULES, Rule, engine, get_rule, make_plan, merge, merge_factors
+from loralloy.merging import RULES, Rule, batches, get_rule, make_plan, merge, merge_factors
 from loralloy.merging.entries import random_mask
 from loralloy.weights import Weights
 
@@ -95,7 +95,7 @@ BOUND = [get_rule(n) for n in ORACLES] + [
 
 def expected(rule: Rule, of: Bank, weights: Weights, dense: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """What a rule makes of dense[adapter][module]."""
-    key = engine._keys(rule, [of[n] for n in weights.names])
+    key = batches.keys_of(rule, [of[n] for n in weights.names])
     result = {}
     for m in dict.fromkeys(m for n in weights.names for m in dense[n]):
         who = [(i, n) for i, n in enumerate(weights.names) if m in dense[n] and weights.of(n, m)]
@@ -231,7 +231,7 @@ def test_batching_changes_nothing(rule, space, monkeypatch):
     for bound in variants:
         results = []
         for budget in (1, 40_000, 1 << 40):
-            monkeypatch.setattr(engine, "_BUDGET", {"cpu": budget})
+            monkeypatch.setattr(batches, "_BUDGET", {"cpu": budget})
             results.append(merge(b, Weights({"a": 0.8, "c": -0.3, "b": 0.6}), bound, space))
         for other in results[1:]:
             for m, want in delta(results[0].adapter).items():

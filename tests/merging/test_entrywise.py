@@ -21,7 +21,7 @@ from loralloy.merging import (
     Rule,
     Space,
     Ties,
-    engine,
+    batches,
     merge,
     merge_factors,
     select,
@@ -303,9 +303,9 @@ def _same_in_batches_and_blocks(
 ) -> None:
     first = scene.merged(rule, space)
     changes = [
-        [(engine, "_BUDGET", {"cpu": 1}), (engine, "_CACHED", 1)],
+        [(batches, "_BUDGET", {"cpu": 1})],
         [(spaces, "_BLOCK", 16)],
-        [(engine, "_BUDGET", engine._BUDGET), (engine, "_CACHED", engine._CACHED)],
+        [(batches, "_BUDGET", batches._BUDGET)],
         [(select, "_SMALL", 1), (select, "_SAMPLE", 6)],
     ]
     for change in changes:

@@ -20,7 +20,7 @@ from .stack import LowRank, gram
 _DEPENDENT = 1e-5  # smallest Cholesky pivot of the correlation matrix; its square root's error is then below 1e-6
 _BATCH = 8  # eigh on a GPU takes matrices one by one; from here on block powers are faster
 _STAGES, _ROUNDS, _SETTLED, _ABOVE, _ROUNDED = 48, 2, 3e-7, 1e-4, 1e-14
-_STEADY, _SQUARINGS = 4e-3, 7  # a smallest pivot that lets the power grow, and how far
+_STEADY, _FIRST, _SQUARINGS = 4e-3, 2, 7  # a smallest pivot that lets the power grow, and how far
 _ROWS = 512
 _RESIDUAL = 1e-4  # of the energy: below it the loss is measured on the residual itself
 
@@ -145,7 +145,9 @@ def _block_powers(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     start = torch.randn(n, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(matrix)
     basis, pivot = _orthonormal(unit @ start)
     alive = pivot > _DEPENDENT
-    powers, at, top = [unit], 0, _SQUARINGS
+    powers, at, top = [unit], _FIRST, _SQUARINGS
+    for _ in range(_FIRST):
+        powers.append(_squared(powers[-1]))
     held, settled = _held(unit, basis), torch.zeros_like(alive)
     for _ in range(_STAGES // _ROUNDS):
         least = torch.ones_like(total)
@@ -171,8 +173,7 @@ def _block_powers(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
         elif weakest > _STEADY and at < top:
             at += 1
             if at == len(powers):
-                square = powers[-1] @ powers[-1]
-                powers.append(square / square.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-300)[:, None, None])
+                powers.append(_squared(powers[-1]))
     basis, _ = _orthonormal(basis)
     values = ((unit @ basis) * basis).sum(1)
     order = values.argsort(-1, descending=True)
@@ -183,19 +184,26 @@ def _block_powers(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values * total[:, None], vectors
 
 
+def _squared(matrix: Tensor) -> Tensor:
+    """matrix^2 at a trace of 1, so that powers neither over- nor underflow."""
+    square = matrix @ matrix
+    return square / square.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-300)[:, None, None]
+
+
 def _held(matrix: Tensor, basis: Tensor) -> Tensor:
     """The energy that a basis holds, [L]."""
     return ((matrix @ basis) * basis).sum((1, 2))
 
 
 def _orthonormal(x: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis of x's columns [L, n, k] by Cholesky of the scaled Gram matrix, and its smallest pivot [L].
+    """An orthonormal basis of x's columns [L, n, k] by Cholesky of the Gram matrix, and its smallest scaled pivot [L].
 
     Pivots of 1 are orthogonal columns; where the smallest is not above _DEPENDENT (0 if Cholesky failed), x comes back.
     """
-    x = x / x.norm(dim=1, keepdim=True).clamp(min=1e-300)
-    low, info = torch.linalg.cholesky_ex(x.mT @ x)
-    pivot = torch.where(info == 0, low.diagonal(dim1=-2, dim2=-1).min(-1).values, 0.0).nan_to_num(0.0)
+    g = x.mT @ x
+    low, info = torch.linalg.cholesky_ex(g)
+    pivots = low.diagonal(dim1=-2, dim2=-1) / g.diagonal(dim1=-2, dim2=-1).sqrt()
+    pivot = torch.where(info == 0, pivots.amin(-1), 0.0).nan_to_num_(0.0)
     eye = torch.eye(low.shape[-1], dtype=low.dtype, device=low.device)
     low = torch.where((pivot > _DEPENDENT)[:, None, None], low, eye)
     return torch.linalg.solve_triangular(low.mT, x, upper=True, left=False), pivot

@@ -78,10 +78,12 @@ class Entries:
         weights, shares = self.weights.to(self.dtype), self.shares.abs().to(self.dtype)
         if vote == "weighted":
             values, weights = [x * w[:, None] for x, w in zip(values, weights, strict=True)], torch.ones_like(weights)
-        poll = values[0].to(self.dtype, copy=True) if majority == "total" else values[0].sign().to(self.dtype)
-        for x in values[1:]:
-            poll += x if majority == "total" else x.sign()
-        sign = torch.ge(poll, 0.0, out=poll).mul_(2.0).sub_(1.0)
+        ballots = values if majority == "total" else [x.sign() for x in values]
+        poll = ballots[0].to(self.dtype) + (ballots[1] if len(ballots) > 1 else 0.0)
+        for x in ballots[2:]:
+            poll += x
+        # the sign bit: a sum is -0 only where every entry is 0, and there nothing is elected
+        sign = torch.copysign(poll.new_ones(()), poll, out=poll)
         total = agreeing = mine = torch.empty(0)
         for i, (x, w, share) in enumerate(zip(values, weights, shares, strict=True)):
             mine = torch.mul(x, sign, out=mine if i else None).relu_()  # |x| where it has the elected sign, else 0
@@ -117,6 +119,8 @@ def random_mask(keys: Tensor, start: int, n: int, density: float, seed: int) -> 
 
 def seeded(keys: Tensor, seed: int) -> Tensor:
     """Keys [...] int64 of another seed."""
+    if not seed:
+        return keys
     return keys ^ ((seed * 0x9E3779B97F4A7C15 + (1 << 63)) % (1 << 64) - (1 << 63))
 
 

@@ -83,8 +83,8 @@ def merge(
     adapters, (rows, n) = len(values), values[0].shape
     device, tiles = values[0].device, -(-n // _TILE)
     table = _table(values)
-    whole = torch.zeros(1, dtype=torch.int32, device=device)
-    bars, quotas, offsets, equals = weights, whole, whole, False
+    bars = quotas = offsets = table  # not read where they do not matter
+    equals = False
     if limits is not None:
         bars = limits.magnitude.float().contiguous()
         # whether equals are split is not asked: the answer would wait for the device

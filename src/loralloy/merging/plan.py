@@ -108,28 +108,28 @@ def make_groups(
     Outside factors space weight 0 is absence: of rank, of modules; where all weights are 0 the result is zero. In factors
     space an adapter of weight 0 takes part, as in PEFT.
     """
-    found: dict[object, tuple[list[str], tuple[int, ...], list[LoraFactors], list[list[float]], list[list[float]]]] = {}
-    names = list(modules)
-    any_weight = any(weight(i, m) for m in names for i in range(adapters) if outline(i, m) is not None)
+    found: dict[object, tuple[tuple[int, ...], list[LoraFactors], list[str]]] = {}
+    names, everyone = list(modules), range(adapters)
+    any_weight = any(weight(i, m) for m in names for i in everyone if outline(i, m) is not None)
     absent = any_weight and space != "factors"
     for module in names:
-        having = [(i, f, weight(i, module)) for i in range(adapters) if (f := outline(i, module)) is not None]
-        if any_weight and not any(w for _, _, w in having):
-            continue
-        if absent:
-            having = [entry for entry in having if entry[2]]
-        key = tuple([(i, f.kind, f.A.shape, f.B.shape) for i, f, _ in having])
+        having = [(i, f) for i in everyone if (f := outline(i, module)) is not None]
+        if any_weight:
+            weighing = [entry for entry in having if weight(entry[0], module)]
+            if not weighing:
+                continue
+            having = weighing if absent else having
+        key = tuple([(i, f.kind, f.A.shape, f.B.shape) for i, f in having])
         group = found.get(key)
         if group is None:
-            who, outlines = tuple(i for i, _, _ in having), [f for _, f, _ in having]
+            outlines = [f for _, f in having]
             _check_alike(module, outlines)
-            group = found[key] = ([], who, outlines, [[] for _ in who], [[] for _ in who])
-        group[0].append(module)
-        for t, (_, f, w) in enumerate(having):
-            group[3][t].append(f.scaling)
-            group[4][t].append(w)
+            group = found[key] = (tuple(i for i, _ in having), outlines, [])
+        group[2].append(module)
     result = []
-    for members, who, outlines, scaling, weights in found.values():
+    for who, outlines, members in found.values():
+        scaling = [[outline(i, m).scaling for m in members] for i in who]  # type: ignore[union-attr]
+        weights = [[weight(i, m) for m in members] for i in who]
         ranks = [f.rank for f in outlines]
         own = natural_rank(rule, space, ranks, outlines[0].shape)
         limit = max(ranks) if rank == "max" else own if rank == "full" else int(rank)

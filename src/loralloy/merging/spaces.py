@@ -128,11 +128,9 @@ def view(stack: Stack, space: Space) -> View:
 
 def _whole(name: str, parts: Sequence[Tensor], stack: Stack, weights: Tensor, shares: Tensor, salt: int) -> Piece:
     """A piece whose entries are in memory, T tensors [L, rows, columns]."""
-    flat = [p.flatten(1) for p in parts]
-    return Piece(
-        name, (parts[0].shape[1], parts[0].shape[2]), (0,), lambda i, _: flat[i], weights, shares, stack.keys ^ salt, stack.dtype,
-        parts[0].dtype,
-    )  # fmt: skip
+    flat, keys = [p.flatten(1) for p in parts], stack.keys ^ salt if salt else stack.keys
+    shape = parts[0].shape[1], parts[0].shape[2]
+    return Piece(name, shape, (0,), lambda i, _: flat[i], weights, shares, keys, stack.dtype, parts[0].dtype)
 
 
 def _factors(stack: Stack) -> View:
@@ -143,7 +141,7 @@ def _factors(stack: Stack) -> View:
         )
     c = stack.weights * stack.scaling
     root, shares = c.abs().sqrt(), stack.weights.abs().sqrt()
-    signed = torch.where(c < 0, -root, root)
+    signed = root.copysign(c)
     pieces = [_whole("A", stack.A, stack, signed, shares, 0), _whole("B", stack.B, stack, root, shares, 0x0B << 56)]
     return View(pieces, lambda merged: LowRank(merged[0], merged[1]))
 

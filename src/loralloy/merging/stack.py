@@ -103,23 +103,24 @@ class Stack:
         for mine, c, rank in zip(
             zip(self.A, self.B, strict=True), self.weights * self.scaling, self.ranks, strict=True
         ):
-            root, sign = _roots(c, self.dtype)
-            torch.mul(mine[0], root * sign, out=a[:, start : start + rank])
+            root, signed = _roots(c, self.dtype)
+            torch.mul(mine[0], signed, out=a[:, start : start + rank])
             torch.mul(mine[1], root, out=b[:, :, start : start + rank])
             start += rank
         return LowRank(a, b)
 
 
 def _roots(c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """sqrt(|c|) and the sign of c, [L, 1, 1]: the root goes to each side, the sign to A, so that neither side over- or
+    """sqrt(|c|) and sign(c) sqrt(|c|), [L, 1, 1]: the first goes to B and the second to A, so that neither side over- or
     underflows in 16 bits."""
-    return c.abs().sqrt().to(dtype)[:, None, None], torch.where(c < 0, -1.0, 1.0).to(dtype)[:, None, None]
+    root = c.abs().sqrt().to(dtype)[:, None, None]
+    return root, root.copysign(c.to(dtype)[:, None, None])
 
 
 def _scaled(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> LowRank:
     """c * b @ a."""
-    root, sign = _roots(c, dtype)
-    return LowRank(a * (root * sign), b * root)
+    root, signed = _roots(c, dtype)
+    return LowRank(a * signed, b * root)
 
 
 def side_by_side(parts: Sequence[LowRank]) -> LowRank:

@@ -1,0 +1,297 @@
+"""Batches: same-shaped modules through a rule, cut, cast and measured.
+
+A batch's working set is bounded, so memory does not grow with the number of modules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import LoralloyError
+from ..factors import LoraFactors
+from ..saving import dtype_name
+from . import spaces
+from .cut import Cut, cut, cut_dense, dense_spectrum, spectrum, whole
+from .measure import Measure, ModuleError, measure
+from .plan import Group
+from .rule import Plugin, Rule, Space
+from .select import GlobalLimits, Limits
+from .stack import LowRank, Stack
+
+_UNKNOWN = ModuleError(*[float("nan")] * 5)
+Fetch = Callable[[int, str], LoraFactors]
+# Bytes of one batch's working set; constants, so that the same input gives the same bytes whatever memory is free.
+_BUDGET = {"cpu": 48 << 20, "cuda": 12 << 30}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch's result: factors [L, k, in] and [L, out, k] of `modules`, in the stored dtype, and their errors.
+
+    `range` holds the smallest and largest entries of A and of B: infinite where the cast overflowed, which :meth:`check`
+    looks at when the device is done.
+    """
+
+    group: Group
+    modules: list[str]
+    stored: LowRank
+    errors: list[ModuleError]
+    range: Tensor
+    fallbacks: int = 0
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raises LoralloyError naming the first module whose cast overflowed."""
+        if bool(torch.isfinite(self.range).all()):
+            return
+        for module, a, b in zip(self.modules, self.stored.A, self.stored.B, strict=True):
+            for side, tensor in (("A", a), ("B", b)):
+                if not bool(torch.isfinite(tensor).all()):
+                    who = ", ".join(names[i] for i in self.group.who)
+                    raise LoralloyError(
+                        f"module {module!r} of {who}: {side} overflows {dtype_name(tensor.dtype)}; store it as bf16 or fp32 "
+                        "(--dtype)"
+                    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every batch is made: the parts of a plan that a batch needs."""
+
+    rule: Rule
+    space: Space
+    before: Plugin | None
+    after: Plugin | None
+    dtype: torch.dtype
+    device: torch.device
+    measure: Measure
+
+
+def keys_of(rule: Rule, parents: Sequence[Adapter] | Sequence[str]) -> Callable[[int, str], int]:
+    """A 64-bit key of an adapter's content and a module's name, for rules that draw random masks."""
+    if "seed" not in rule.parameters:
+        return lambda i, module: 0
+
+    def key(i: int, module: str) -> int:
+        parent = parents[i]
+        text = f"{parent if isinstance(parent, str) else parent.content_hash}|{module}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+
+    return key
+
+
+def _chunks(group: Group, settings: Settings) -> Iterator[slice]:
+    """Slices of a group's modules whose working set fits the budget."""
+    out, inside = group.shape
+    entries = (out + inside) * (sum(group.ranks) + group.rank) * 6
+    if settings.space == "delta" and settings.rule.acts_on == "entries" and "delta" not in settings.rule.sums:
+        entries += out * inside * (len(group.who) + 3)
+    size = max(1, _BUDGET.get(settings.device.type, _BUDGET["cpu"]) // (4 * entries))
+    return (slice(at, at + size) for at in range(0, len(group.modules), size))
+
+
+def _load(group: Group, part: slice, settings: Settings, fetch: Fetch, keys: Callable[[int, str], int]) -> Stack:
+    """The stack of some of a group's modules. On a CPU in the dtype of the computation; a GPU keeps 16 bits until used."""
+    modules, plain = group.modules[part], group.outlines[0].kind != "conv"
+    a, b = [], []
+    for i in group.who:
+        found = [fetch(i, m) for m in modules]
+        a.append(_stack([f.A if plain else f.a for f in found], settings.device))
+        b.append(_stack([f.B if plain else f.b for f in found], settings.device))
+    if settings.device.type != "cuda":
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in (*a, *b)) else torch.float32
+        a, b = [t.to(wide) for t in a], [t.to(wide) for t in b]
+    wide = torch.float32 if settings.device.type == "mps" else torch.float64
+    scaling, weights = (
+        torch.tensor([row[part] for row in rows], dtype=wide).to(settings.device, non_blocking=True)
+        for rows in (group.scaling, group.weights)
+    )
+    if "seed" in settings.rule.parameters:
+        seeds = torch.tensor([[keys(i, m) for m in modules] for i in group.who], dtype=torch.int64)
+    else:
+        seeds = torch.zeros(len(group.who), len(modules), dtype=torch.int64)
+    return Stack(tuple(a), tuple(b), scaling, weights, seeds.to(settings.device, non_blocking=True))
+
+
+def _stack(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """[L, m, n] of L matrices; by `cat`, which does not first make a view of each, as `stack` does."""
+    if tensors[0].device != device:
+        tensors = [t.to(device, non_blocking=True) for t in tensors]
+    return torch.cat(tensors).view(len(tensors), *tensors[0].shape) if len(tensors) > 1 else tensors[0][None]
+
+
+def run_batches(
+    groups: list[Group], settings: Settings, fetch: Fetch, keys: Callable[[int, str], int], names: Sequence[str]
+) -> Iterator[Batch]:
+    """Every batch of every group, done, in order."""
+    trims = _counted(groups, settings, fetch, keys) if settings.rule.values.get("trim") == "all" else None
+
+    for group in groups:
+        for part in _chunks(group, settings):
+            modules = group.modules[part]
+            try:
+                yield _merge_batch(group, modules, _load(group, part, settings, fetch, keys), settings, trims)
+            except LoralloyError as error:
+                where, cause = f"module {modules[0]!r}", error
+                if len(modules) > 1:  # say which one
+                    where, cause = _blame(group, part, settings, fetch, keys, trims) or (where, error)
+                raise cause.within(f"{where} of {', '.join(names[i] for i in group.who)}") from None
+
+
+def _blame(
+    group: Group,
+    part: slice,
+    settings: Settings,
+    fetch: Fetch,
+    keys: Callable[[int, str], int],
+    trims: GlobalLimits | None,
+) -> tuple[str, LoralloyError] | None:
+    """The error of the first module of a batch that fails on its own, with its name."""
+    for at in range(part.start, min(part.stop, len(group.modules))):
+        one = slice(at, at + 1)
+        try:
+            _merge_batch(group, group.modules[one], _load(group, one, settings, fetch, keys), settings, trims)
+        except LoralloyError as error:
+            return f"module {group.modules[at]!r}", error
+    return None
+
+
+def _prepared(stack: Stack, settings: Settings) -> tuple[Stack, Tensor | None]:
+    """The stack that the rule sees, and the factor that a plug-in asks the result to be multiplied with."""
+    scale = None
+    if settings.before is not None:
+        stack, scale = settings.before.function(stack, **settings.before.values)
+    if settings.rule.values.get("prune") == "merged":
+        if settings.space == "factors":
+            seen = spaces.view(stack, "factors")
+            a, b = (piece.combined() for piece in seen.pieces)
+        else:
+            total = stack.weighted_sum()
+            a, b = total.A, total.B
+        ones = torch.ones_like(stack.weights[:1])
+        stack = Stack((a,), (b,), ones, ones, stack.keys[:1])
+    return stack, scale
+
+
+def _rule_result(
+    original: Stack, settings: Settings, rank: int | None, keepers: Sequence[Limits] | None
+) -> LowRank | Tensor:
+    """What the rule makes of a stack, before any cut."""
+    rule, space = settings.rule, settings.space
+    stack, scale = _prepared(original, settings)
+    result: LowRank | Tensor
+    # where nothing follows, the sum is rounded once, straight to the stored dtype
+    raw = rank is None and settings.measure == "none" and scale is None and settings.after is None
+    if space in rule.sums:
+        result = stack.weighted_sum(settings.dtype if raw else None)
+    elif rule.acts_on == "stack":
+        result = rule.function(stack, **rule.values)
+    else:
+        result = spaces.apply(rule, stack, space, keepers)
+    if scale is not None:
+        factor = scale.to(stack.dtype)[:, None, None]
+        result = LowRank(result.A, result.B * factor) if isinstance(result, LowRank) else result * factor
+    if settings.before is not None and settings.before.finish is not None:
+        result = settings.before.finish(result, original, **settings.before.values)
+    if settings.after is not None:
+        result = settings.after.function(result, original, rank, **settings.after.values)
+    return result
+
+
+def _merge_batch(
+    group: Group, modules: list[str], stack: Stack, settings: Settings, trims: GlobalLimits | None
+) -> Batch:
+    keepers = _keepers(trims, group, modules, settings)
+    result = _rule_result(stack, settings, group.rank if group.cut else None, keepers)
+    done: Cut | None = None
+    if isinstance(result, Tensor):
+        if group.cut:
+            done = cut_dense(result, group.rank)
+        else:
+            done = Cut(whole(result), stack.scaling[0], stack.scaling[0])  # nothing was cut: its norms are not read
+        small = done.result
+    elif group.cut:
+        done = cut(result, group.rank)
+        small = done.result
+    else:
+        small = result
+    stored = LowRank(small.A.to(settings.dtype), small.B.to(settings.dtype))
+    ends = torch.stack([end for t in (stored.A, stored.B) for end in torch.aminmax(t)])
+    if settings.measure == "none":
+        return Batch(group, modules, stored, [_UNKNOWN] * len(modules), ends, done.fallbacks if done else 0)
+    exact, before, after, own = measure(stack, small, stored, settings.measure)
+    # a module that was not cut lost nothing of its own norm
+    full, lost = (done.total.sqrt(), done.lost.sqrt()) if done and group.cut else (own, torch.zeros_like(own))
+    columns = torch.stack([column.double().cpu() for column in (exact, before, after, full, lost)], 1)
+    errors = [ModuleError(*row) for row in columns.tolist()]
+    return Batch(group, modules, stored, errors, ends, done.fallbacks if done else 0)
+
+
+def unstack(batch: Batch, top: int) -> Iterator[tuple[str, LoraFactors]]:
+    """A batch's modules one by one, padded with zeros to one rank."""
+    a, b = batch.stored.A, batch.stored.B
+    if top > batch.stored.rank:
+        missing = top - batch.stored.rank
+        a = torch.nn.functional.pad(a, (0, 0, 0, missing))
+        b = torch.nn.functional.pad(b, (0, missing))
+    first = batch.group.outlines[0]
+    plain = first.kind != "conv"
+    for module, x, y in zip(batch.modules, a.unbind(0), b.unbind(0), strict=True):
+        yield module, (LoraFactors(x, y, 1.0, first.kind) if plain else first.with_matrices(x, y))
+
+
+# -- passes before the merge -------------------------------------------------------------------------------------------
+
+
+def _counted(groups: list[Group], settings: Settings, fetch: Fetch, keys: Callable[[int, str], int]) -> GlobalLimits:
+    """Trimming limits over all modules: passes over every adapter's entries."""
+    merged = settings.rule.values.get("prune") == "merged"
+    adapters = 1 if merged else 1 + max(i for g in groups for i in g.who)
+    limits = GlobalLimits(adapters, settings.rule.values["density"], settings.device)
+    for take in limits.passes():
+        for group in groups:
+            for part in _chunks(group, settings):
+                limits.begin(group.modules[part])
+                stack, _ = _prepared(_load(group, part, settings, fetch, keys), settings)
+                for piece in spaces.view(stack, settings.space).pieces:
+                    for t in range(stack.adapters):
+                        for x in piece.blocks(t)():
+                            take(0 if merged else group.who[t], x)
+    return limits
+
+
+def _keepers(
+    trims: GlobalLimits | None, group: Group, modules: Sequence[str], settings: Settings
+) -> list[Limits] | None:
+    """The limits of a batch, in the order of the stack that the rule sees."""
+    if trims is None:
+        return None
+    who = (0,) if settings.rule.values.get("prune") == "merged" else group.who
+    return [trims.keeper(i, modules) for i in who]
+
+
+def by_energy(
+    groups: list[Group], settings: Settings, fetch: Fetch, keys: Callable[[int, str], int], energy: float
+) -> list[Group]:
+    """The groups with the smallest one rank that keeps a fraction of ||dW||^2 over all modules; a pass over the merge."""
+    trims = _counted(groups, settings, fetch, keys) if settings.rule.values.get("trim") == "all" else None
+    held = torch.zeros(1, dtype=torch.float64)
+    for group in groups:
+        for part in _chunks(group, settings):
+            keepers = _keepers(trims, group, group.modules[part], settings)
+            result = _rule_result(_load(group, part, settings, fetch, keys), settings, None, keepers)
+            values = (spectrum(result) if isinstance(result, LowRank) else dense_spectrum(result)).sum(0).cpu()
+            width = max(held.numel(), values.numel())
+            held, values = (torch.nn.functional.pad(v, (0, width - v.numel())) for v in (held, values))
+            held = held + values
+    kept = held.cumsum(0)
+    enough = (kept >= (energy - 1e-12) * kept[-1]).nonzero()
+    rank = int(enough[0]) + 1 if len(enough) else 1
+    return [
+        replace(g, rank=min(rank, *g.shape), cut=True) if rank < g.rank else g for g in groups
+    ]  # fmt: skip
