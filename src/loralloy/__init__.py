@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import LoralloyError as LoralloyError
     from .factors import LoraFactors as LoraFactors
     from .merging import merge as merge
+    from .recipe import Recipe as Recipe
     from .weights import Weights as Weights
 
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "Bank": ".bank",
     "LoraFactors": ".factors",
     "LoralloyError": ".errors",
+    "Recipe": ".recipe",
     "Weights": ".weights",
     "merge": ".merging",
 }

@@ -96,14 +96,17 @@ def _chunks(group: Group, settings: Settings) -> Iterator[slice]:
 
 
 def _load(group: Group, part: slice, settings: Settings, fetch: Fetch, keys: Callable[[int, str], int]) -> Stack:
-    """The stack of some of a group's modules. On a CPU in the dtype of the computation; a GPU keeps 16 bits until used."""
+    """The stack of some of a group's modules, in the dtype of the computation; 16 bits are kept until used on a GPU, and where
+    entries are just added."""
     modules, plain = group.modules[part], group.outlines[0].kind != "conv"
     a, b = [], []
     for i in group.who:
         found = [fetch(i, m) for m in modules]
         a.append(_stack([f.A if plain else f.a for f in found], settings.device))
         b.append(_stack([f.B if plain else f.b for f in found], settings.device))
-    if settings.device.type != "cuda":
+    rule = settings.rule
+    adds = rule.acts_on == "entries" and not rule.parameters and settings.space not in rule.sums
+    if settings.device.type != "cuda" and not adds:
         wide = torch.float64 if any(t.dtype == torch.float64 for t in (*a, *b)) else torch.float32
         a, b = [t.to(wide) for t in a], [t.to(wide) for t in b]
     wide = torch.float32 if settings.device.type == "mps" else torch.float64

@@ -65,9 +65,14 @@ class Entries:
         """sum_i w_i x_i, [L, n]."""
         values = self.values if values is None else values
         weights = self.weights.to(self.dtype)
-        total = values[0] * weights[0, :, None]
-        for x, w in zip(values[1:], weights[1:], strict=True):
-            total.addcmul_(x.to(self.dtype), w[:, None])
+        wide: Tensor | None = None  # one buffer for all adapters: fresh memory costs more than the sum
+        total: Tensor | None = None
+        for x, w in zip(values, weights, strict=True):
+            if x.dtype != self.dtype:
+                wide = x.to(self.dtype) if wide is None else wide.copy_(x)
+                x = wide
+            total = x * w[:, None] if total is None else total.addcmul_(x, w[:, None])
+        assert total is not None
         return total
 
     def disjoint(self, values: Sequence[Tensor], majority: Majority, normaliser: Normaliser, vote: Vote) -> Tensor:

@@ -22,7 +22,7 @@ SPACES: dict[Space, str] = {
     "delta": "on dW, as the rules' papers mean them",
     "factors": "on A and on B apart, as PEFT does",
     "knots": "on the adapters' parts of one common SVD (KnOTS, Stoica et al. 2025)",
-    "core": "on the small cores between common bases of A and of B (Core Space, Panariello et al. 2025)",
+    "core": "on small cores between common bases of A and of B (Core Space, Panariello et al. 2025; adapters balanced first)",
 }
 
 

@@ -46,7 +46,8 @@ class Limits:
     def keep(self, x: Tensor) -> Tensor:
         """A block x [L, n] with all but the survivors 0. Blocks must come in order: equals are counted down."""
         if self._mask is not None and self._mask.shape == x.shape:
-            return self._mask * x
+            mask, self._mask = self._mask, None  # used up
+            return mask.mul_(x)
         size, bar = x.abs(), self.magnitude[:, None].to(x.dtype)
         if self.everything:
             # a mask of floats: on a CPU several times faster than one of bools with `where`
