@@ -89,8 +89,8 @@ def _select(size: Tensor, k: int) -> Limits:
         bar = size.sort(1, descending=True).values[:, k - 1]
     else:
         bar = size.kthvalue(n - k + 1, dim=1).values
-    mask = torch.ge(size, bar[:, None], out=torch.empty_like(size, dtype=torch.float32))
-    reach = mask.sum(1)  # exact below 2^24
+    mask = torch.ge(size, bar[:, None], out=torch.empty_like(size))
+    reach = mask.sum(1, dtype=torch.float32)  # exact below 2^24
     if size.device.type == "cpu" and bool((reach == k).all()):
         return Limits(bar, mask=mask)
     equal = (size == bar[:, None]).sum(1)
