@@ -220,3 +220,9 @@ def test_a_schema_is_read_from_a_signature():
     made = Rule("rule", rule, "does", "never", "here")
     assert torch.equal(made.function(torch.ones(2), **made(mode="c").values), torch.ones(2))
     assert str(made) == "rule(share=0.5, steps=3, shift=-1.0, fast=False, mode=b)"
+
+
+def test_only_our_own_entrywise_rules_may_be_fused():
+    """The GPU's kernels know these; any other rule runs its own function everywhere."""
+    assert {r.name for r in RULES.values() if r.fused} == {r.name for r in RULES.values() if r.acts_on == "entries"}
+    assert not Rule("median", lambda entries: entries.values[0], "", "", "").fused

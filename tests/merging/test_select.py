@@ -260,3 +260,15 @@ def test_rows_and_columns_are_as_independent_draws():
     by_column, by_row = drawn.sum(1).var() / (16 * 0.16), drawn.sum(2).var() / (576 * 0.16)
     assert abs(float(by_column) - 1) < LIMIT * math.sqrt(2 / (300 * 576))
     assert abs(float(by_row) - 1) < LIMIT * math.sqrt(2 / (300 * 16))
+
+
+def test_zeros_are_counted_and_not_collected(attempts):
+    """A bracket of one number: dW of an adapter whose B is zero, beside one that has entries."""
+    x = values("distinct", 3, 20_000, 1, torch.float32)
+    x[1] = 0.0
+    x[2, 4_000:] = 0.0
+    blocks = in_blocks(x, 4_000)
+    for k in (3_000, 8_000):
+        limits = largest(blocks, 20_000, k, False)
+        assert torch.equal(kept(limits, blocks), tops(x, k))
+    assert int(limits.equal[1]) == 20_000

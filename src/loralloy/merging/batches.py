@@ -230,7 +230,7 @@ def _merge_batch(
     exact, before, after, own = measure(stack, small, stored, settings.measure)
     # a module that was not cut lost nothing of its own norm
     full, lost = (done.total.sqrt(), done.lost.sqrt()) if done and group.cut else (own, torch.zeros_like(own))
-    columns = torch.stack([column.double().cpu() for column in (exact, before, after, full, lost)], 1)
+    columns = torch.stack([column.cpu().double() for column in (exact, before, after, full, lost)], 1)
     errors = [ModuleError(*row) for row in columns.tolist()]
     return Batch(group, modules, stored, errors, ends, done.fallbacks if done else 0)
 
@@ -281,14 +281,21 @@ def _keepers(
 def by_energy(
     groups: list[Group], settings: Settings, fetch: Fetch, keys: Callable[[int, str], int], energy: float
 ) -> list[Group]:
-    """The groups with the smallest one rank that keeps a fraction of ||dW||^2 over all modules; a pass over the merge."""
+    """The groups with the smallest one rank that keeps a fraction of ||dW||^2 over all modules; a pass over the merge.
+
+    Of the sums as computed, whatever is measured of them later.
+    """
+    settings = replace(settings, measure="exact")
     trims = _counted(groups, settings, fetch, keys) if settings.rule.values.get("trim") == "all" else None
     held = torch.zeros(1, dtype=torch.float64)
     for group in groups:
         for part in _chunks(group, settings):
             keepers = _keepers(trims, group, group.modules[part], settings)
-            result = _rule_result(_load(group, part, settings, fetch, keys), settings, None, keepers)
-            values = (spectrum(result) if isinstance(result, LowRank) else dense_spectrum(result)).sum(0).cpu()
+            try:
+                result = _rule_result(_load(group, part, settings, fetch, keys), settings, None, keepers)
+                values = (spectrum(result) if isinstance(result, LowRank) else dense_spectrum(result)).sum(0).cpu()
+            except LoralloyError as error:
+                raise error.within(f"modules like {group.modules[part][0]!r}") from None
             width = max(held.numel(), values.numel())
             held, values = (torch.nn.functional.pad(v, (0, width - v.numel())) for v in (held, values))
             held = held + values

@@ -74,6 +74,7 @@ def spectrum(f: LowRank) -> Tensor:
     """Squared singular values of each dW, descending, float64 [L, min(R, out, in)]."""
     r_b, _, good = _root(f.B)
     core = r_b @ gram(f.A.mT) @ r_b.mT
+    _finite(core.diagonal(dim1=-2, dim2=-1).sum(-1))
     found = torch.linalg.eigvalsh((core + core.mT) / 2).flip(-1).clamp(min=0)
     for module in (~good).nonzero().flatten().tolist():
         values = torch.linalg.svdvals(_core_norm(f, module)) ** 2
@@ -274,4 +275,5 @@ def _basis(x: Tensor) -> Tensor:
 def dense_spectrum(d: Tensor) -> Tensor:
     """Squared singular values of each matrix, descending, float64 [L, min(out, in)]."""
     g = gram(d) if d.shape[2] <= d.shape[1] else gram(d.mT)
+    _finite(g.diagonal(dim1=-2, dim2=-1).sum(-1))
     return torch.linalg.eigvalsh(g).flip(-1).clamp(min=0)

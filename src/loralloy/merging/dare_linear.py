@@ -36,4 +36,5 @@ RULE = Rule(
     "to make adapters interfere less at unchanged expectation; compare seeds before you trust one",
     "Yu et al. 2024 (arXiv 2311.03099); PEFT 0.21.2",
     spaces=("delta", "factors", "knots", "core"),
+    fused=True,
 )

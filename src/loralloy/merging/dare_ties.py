@@ -35,4 +35,5 @@ RULE = Rule(
     "as ties, where trimming by magnitude would silence a small adapter",
     "Yu et al. 2024 (arXiv 2311.03099); PEFT 0.21.2",
     spaces=("delta", "factors", "knots", "core"),
+    fused=True,
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..adapter import Adapter
-from ..atomic import atomic_folder
+from ..atomic import atomic_folder, check_free
 from ..bank import Bank
 from ..errors import LoralloyError
 from ..factors import LoraFactors
@@ -88,12 +88,17 @@ def run(
     overwrite: bool = False,
 ) -> Merged:
     """Carry out a plan (see :func:`merge`)."""
+    if out is not None:
+        check_free(Path(out).absolute(), overwrite)
     parents = plan.parents
     extra, extra_notes = extra_tensors(parents, plan.weights)
     licences = {p.licence for p in parents}
     licence = licences.pop() if len(licences) == 1 else None
     settings = Settings(plan.rule, plan.space, plan.before, plan.after, plan.dtype, plan.device, plan.measure)
     keys = keys_of(plan.rule, parents)
+    if "seed" in plan.rule.parameters:
+        for parent in parents:  # masks are keyed by it; here once, not in two threads
+            parent.content_hash  # noqa: B018
     groups = plan.groups
     if plan.energy is not None:
         groups = by_energy(groups, settings, lambda i, m: parents[i][m], keys, plan.energy)

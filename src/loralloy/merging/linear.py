@@ -26,4 +26,5 @@ RULE = Rule(
     spaces=("delta", "factors"),
     default_rank="full",
     sums=("delta",),
+    fused=True,
 )

@@ -36,4 +36,5 @@ RULE = Rule(
     "small entries are noise to you and signs agree; at a density near 1 it is the weighted sum",
     "PEFT 0.21.2; arXiv 2602.21222",
     spaces=("delta", "factors", "knots", "core"),
+    fused=True,
 )

@@ -147,7 +147,7 @@ def _probed(stack: Stack, result: LowRank, stored: LowRank) -> tuple[Tensor, Ten
     assert exact is not None
 
     def rms(x: Tensor) -> Tensor:
-        return (x.double().square().sum((1, 2)) / PROBES).sqrt().cpu()
+        return (x.to(widest(x.device)).square().sum((1, 2)) / PROBES).sqrt().cpu().double()
 
     own, kept = (p.B.to(stack.dtype) @ (p.A.to(stack.dtype) @ z) for p in (result, stored))
     return rms(exact), rms(own - exact), rms(kept - exact), rms(own)

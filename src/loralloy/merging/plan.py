@@ -111,7 +111,7 @@ def make_groups(
     found: dict[object, tuple[tuple[int, ...], list[LoraFactors], list[str]]] = {}
     names, everyone = list(modules), range(adapters)
     any_weight = any(weight(i, m) for m in names for i in everyone if outline(i, m) is not None)
-    absent = any_weight and space != "factors"
+    absent = any_weight and (space != "factors" or space in rule.sums)
     for module in names:
         having = [(i, f) for i in everyone if (f := outline(i, module)) is not None]
         if any_weight:
@@ -196,7 +196,9 @@ def make_plan(
     where = _device(device)
     bank.check_weights(weights)
     parents = [bank[n] for n in weights.names]
-    if space != "factors":  # weight 0 is absence: of its dtype and saved modules too (all zero: a merge to zero)
+    if (
+        space != "factors" or space in chosen.sums
+    ):  # weight 0 is absence: of its dtype and saved modules too (all zero: a merge to zero)
         parents = [p for p in parents if any(weights.of(p.name, m) for m in p)] or parents
 
     stored = dtype or common_dtype(parents)
@@ -222,10 +224,13 @@ def make_plan(
                     "which takes any ranks"
                 )
     notes = []
-    silent = [p.name for p in parents if not any(weights.of(p.name, m) for m in p)]
-    if space == "factors" and silent and len(silent) < len(parents) and "majority" in chosen.parameters:
+    voting = [(i, g) for g in groups for i, row in zip(g.who, g.weights, strict=True) if not all(row)]
+    if space == "factors" and voting and "majority" in chosen.parameters:
+        who = ", ".join(parents[i].name for i in dict.fromkeys(i for i, _ in voting))
+        some = sum(sum(not all(column) for column in zip(*g.weights, strict=True)) for g in groups)
         notes.append(
-            f"{', '.join(silent)}: weight 0 still votes in factors space, as in PEFT; leave it out to silence it"
+            f"{who}: weight 0 still votes in factors space, as in PEFT ({some} of {sum(len(g.modules) for g in groups)} "
+            "modules); leave it out to silence it"
         )
     return Plan(
         name, parents, weights, chosen, space, rank, energy, plugins["before"], plugins["after"],
@@ -234,8 +239,8 @@ def make_plan(
 
 
 def common_dtype(parents: Sequence[Adapter]) -> torch.dtype:
-    """The parents' dtype, or float32 where they differ."""
-    dtypes = {p.dtype for p in parents}
+    """The dtype of the parents' modules, or float32 where they differ."""
+    dtypes = {p.outline(m).A.dtype for p in parents for m in p} or {p.dtype for p in parents}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
@@ -246,7 +251,7 @@ def _device(device: str | torch.device) -> torch.device:
             raise RuntimeError("it holds no values")
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise LoralloyError(
             f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda where there is one"
         ) from None

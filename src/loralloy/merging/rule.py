@@ -162,6 +162,7 @@ class Rule(Part):
             With `acts_on="stack"`, Stack -> LowRank (see :mod:`.stack`): it works on dW through its factors.
         spaces: where it is defined; the first is the default.
         default_rank: "full" (whatever rank the result has) or "max" (cut to the largest parent rank).
+        fused: whether a GPU may take :mod:`.kernels` for it; these know only the rules of this package.
         sums: the spaces in which the rule is the plain weighted sum of dW; the engine takes that from the factors, exactly.
     """
 
@@ -169,6 +170,7 @@ class Rule(Part):
     spaces: tuple[Space, ...] = ("delta", "factors")
     default_rank: Literal["full", "max"] = "max"
     sums: tuple[Space, ...] = ()
+    fused: bool = False
 
     def check_space(self, space: str) -> Space:
         """`space` if the rule is defined there. Raises LoralloyError with the spaces there are."""

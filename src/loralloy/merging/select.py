@@ -116,22 +116,28 @@ def _bracketed(blocks: Blocks, size: int, k: int) -> Limits:
 def _inside(blocks: Blocks, k: int, low: Tensor, high: Tensor) -> Limits | None:
     """Exact limits if each row's k-th largest lies in [low, high], else None."""
     above = torch.zeros(low.numel(), dtype=torch.int64, device=low.device)
+    level = torch.zeros_like(above)  # of a bracket of one number (zeros, above all) entries are counted, not collected
+    point = low == high
     inside: list[tuple[Tensor, list[int]]] = []
     for x in blocks():
         size = x.abs()
         above += torch.count_nonzero(size > high[:, None], 1)
         within = (size <= high[:, None]) & (size >= low[:, None])
-        inside.append((size[within], torch.count_nonzero(within, 1).tolist()))
+        counts = torch.count_nonzero(within, 1)
+        level += counts * point
+        within &= ~point[:, None]
+        inside.append((size[within], (counts * ~point).tolist()))
     split = [values.split(counts) for values, counts in inside]
     candidates = [torch.cat(parts) for parts in zip(*split, strict=True)]
     need = k - above
-    if not all(0 < n <= c.numel() for n, c in zip(need.tolist(), candidates, strict=True)):
+    held = torch.tensor([c.numel() for c in candidates], device=low.device) + level
+    if not bool(((need > 0) & (need <= held)).all()):
         return None
     # padded to one width: the padding is below every magnitude
-    ordered = torch.nn.utils.rnn.pad_sequence(candidates, True, -1.0).sort(1, descending=True).values
-    bar = ordered.gather(1, need[:, None] - 1)
-    equal = (ordered == bar).sum(1)
-    return Limits(bar[:, 0], need - (ordered > bar).sum(1), equal)
+    ordered = torch.nn.utils.rnn.pad_sequence([*candidates, low[:1]], True, -1.0)[:-1].sort(1, descending=True).values
+    bar = torch.where(point, low, ordered.gather(1, (need[:, None] - 1).clamp(max=ordered.shape[1] - 1))[:, 0])
+    equal = torch.where(point, level, (ordered == bar[:, None]).sum(1))
+    return Limits(bar, need - torch.where(point, 0, (ordered > bar[:, None]).sum(1)), equal)
 
 
 class GlobalLimits:
@@ -150,7 +156,7 @@ class GlobalLimits:
         self._limits: list[tuple[Tensor, int, int]] = []
         self._batch: tuple[str, ...] = ()
         self._equal: dict[tuple[int, tuple[str, ...]], list[Tensor]] = {}
-        self._left: dict[tuple[int, tuple[str, ...]], Tensor] = {}
+        self._left: dict[tuple[int, tuple[str, ...]], list[Tensor]] = {}
 
     def passes(self) -> Iterator[Callable[[int, Tensor], None]]:
         """What each pass calls with (adapter, block [L, n]), for all blocks in the order of the merge, batch after batch."""
@@ -220,18 +226,27 @@ class GlobalLimits:
         """How many of each block's equals survive: the quota less those before them, module by module."""
         before = [0] * len(self._limits)
         for (adapter, batch), found in self._equal.items():
-            counts = torch.stack(found, 1)  # [L, blocks]
-            until = counts.flatten().cumsum(0).reshape(counts.shape)
-            self._left[adapter, batch] = self._limits[adapter][1] - before[adapter] - until + counts
-            before[adapter] += int(until[-1, -1])
+            left = self._limits[adapter][1] - before[adapter]
+            if len({counts.numel() for counts in found}) == 1:
+                counts = torch.stack(found, 1)  # [L, blocks]
+                until = counts.flatten().cumsum(0).reshape(counts.shape)
+                self._left[adapter, batch] = list((left - until + counts).unbind(1))
+                before[adapter] += int(until[-1, -1])
+                continue
+            mine = self._left[adapter, batch] = []  # pieces of some of the modules (knots): block after block
+            for counts in found:
+                until = counts.cumsum(0)
+                mine.append(left - until + counts)
+                left -= int(until[-1])
+                before[adapter] += int(until[-1])
 
 
 class _GlobalKeeper(Limits):
-    """A limit for the blocks of one batch; `left` [L, blocks] says how many of the equals in each survive, None all."""
+    """A limit for the blocks of one batch; `left` says how many of the equals in each survive, [L] a block; None all."""
 
-    def __init__(self, bar: Tensor, left: Tensor | None) -> None:
+    def __init__(self, bar: Tensor, left: list[Tensor] | None) -> None:
         super().__init__(bar)
-        self._blocks = None if left is None else iter(left.unbind(1))
+        self._blocks = None if left is None else iter(left)
 
     def keep(self, x: Tensor) -> Tensor:
         size, bar = x.float().abs(), self.magnitude.to(x.device)

@@ -70,7 +70,7 @@ class Piece:
         merged = None
         for block, start in enumerate(self.starts):
             values = [self.part(i, block) for i in range(self.weights.shape[0])]
-            if self.fused(values, limits):
+            if self.fused(rule, values, limits):
                 return self.fuse(rule, values, _joined(limits) if limits else None)
             entries = Entries(values, self.weights, self.shares, self.keys, limits, start, self.dtype)
             done = rule.function(entries, **rule.values)
@@ -83,10 +83,10 @@ class Piece:
         assert merged is not None
         return merged.reshape(-1, *self.shape)
 
-    def fused(self, values: Sequence[Tensor], limits: Sequence[Limits] | None) -> bool:
+    def fused(self, rule: Rule, values: Sequence[Tensor], limits: Sequence[Limits] | None) -> bool:
         """Whether the kernels take a block. Those count equals within a tensor, so it must be in one block, trimmed alone."""
         whole = len(self.starts) == 1 and (not limits or all(type(limit) is Limits for limit in limits))
-        return whole and kernels.fits(values, self.dtype)
+        return rule.fused and whole and kernels.fits(values, self.dtype)
 
     def short(self, density: float) -> bool:
         """Whether the kernels can trim it too: one block of 16-bit entries, some of them kept and some not."""
@@ -249,7 +249,7 @@ def apply(rule: Rule, stack: Stack, space: Space, trims: Sequence[Limits] | None
     merged = []
     for piece in seen.pieces:
         limits: Sequence[Limits] | None = trims
-        if limits is None and "trim" in rule.values and piece.short(rule.values["density"]):
+        if limits is None and "trim" in rule.values and rule.fused and piece.short(rule.values["density"]):
             values = [piece.part(i, 0) for i in range(stack.adapters)]
             every = kernels.largest16(values, int(rule.values["density"] * piece.size))
             merged.append(piece.fuse(rule, values, every))

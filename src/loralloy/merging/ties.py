@@ -45,4 +45,5 @@ RULE = Rule(
     "adapters disagree in sign, and one merge must serve all of their tasks; try it in delta and knots space",
     "Yadav et al. 2023 (arXiv 2306.01708); PEFT 0.21.2",
     spaces=("delta", "factors", "knots", "core"),
+    fused=True,
 )
