@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from helpers import adapter, delta, factors, relative
 from loralloy.adapter import Adapter
 from loralloy.atomic import atomic_file
 from loralloy.base_ref import BaseRef
+from loralloy.cli import main
 from loralloy.errors import LoralloyError
 from loralloy.merging import PLUGINS, RULES, Ties, merge
 from loralloy.recipe import RECIPE_FILE, Recipe
@@ -248,12 +250,26 @@ def test_the_output_holds_a_recipe_that_repeats_it(write, tmp_path):
     assert first.adapter.path == tmp_path / "one" / "m"
     saved = yaml.safe_load((tmp_path / "one" / "m" / RECIPE_FILE).read_text())
     assert saved["rule"] == {"name": "ties", **Ties(density=0.3).values}
-    assert (saved["rank"], saved["space"], saved["out"]) == (3, "core", ".")
+    assert (saved["rank"], saved["space"]) == (3, "core")
     again = Recipe.load(tmp_path / "one" / "m" / RECIPE_FILE)
-    assert again.out_path == tmp_path / "one" / "m"
     again.prepare().merge(tmp_path / "two" / "m")
     for file in ("adapter_model.safetensors", "adapter_config.json", RECIPE_FILE):
         assert (tmp_path / "one" / "m" / file).read_bytes() == (tmp_path / "two" / "m" / file).read_bytes(), file
+
+
+def test_the_outputs_recipe_names_no_output(write, tmp_path, monkeypatch, capsys):
+    """A copy of it would name the folder that it was copied to, and --overwrite would replace that."""
+    Recipe.load(write(FULL)).prepare().merge(tmp_path / "m")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    shutil.copy(tmp_path / "m" / RECIPE_FILE, tmp_path / "mine" / "copied.yaml")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    monkeypatch.setattr(sys, "argv", ["loralloy", "merge", str(tmp_path / "mine" / "copied.yaml"), "--overwrite"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code and "give the folder to write" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert "out" not in yaml.safe_load((tmp_path / "m" / RECIPE_FILE).read_text())
 
 
 def test_a_weights_file_is_inlined(write, tmp_path):

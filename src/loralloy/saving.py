@@ -225,7 +225,13 @@ def card(
     merge = recorded.get("merge")
     if merge:
         lines += [
-            f"Merged by LoRAlloy with rule `{merge['rule']}` in {merge['space']} space, rank `{merge['rank']}`.",
+            f"Merged by LoRAlloy with rule `{_call(merge['rule'], merge.get('parameters'))}` in {merge['space']} space, "
+            f"rank `{merge['rank']}`.",
+            *(
+                f"Plug-in {when} the rule: `{_call(merge[when]['name'], merge[when].get('parameters'))}`."
+                for when in ("before", "after")
+                if merge.get(when)
+            ),
             "",
             "| error of dW against the exact weighted sum (relative, Frobenius) | |",
             "|---|---|",
@@ -244,6 +250,11 @@ def card(
     if recorded.get("training"):
         lines += ["Training record:", "", "```json", json.dumps(recorded["training"], indent=2), "```", ""]
     return "\n".join(lines)
+
+
+def _call(name: str, parameters: Mapping[str, Any] | None) -> str:
+    """ties(density=0.2, majority=total); the name alone where a record has no parameters."""
+    return f"{name}({', '.join(f'{k}={v}' for k, v in parameters.items())})" if parameters else name
 
 
 def _figure(value: float | None) -> str:

@@ -17,10 +17,13 @@ from helpers import delta, dense_sum, load_in_peft, relative
 from loralloy.adapter import Adapter
 from loralloy.bank import Bank
 from loralloy.cli import parameters
+from loralloy.errors import LoralloyError
 from loralloy.merging import PLUGINS, RULES, DareTies, MagnitudePrune, Ties
 from loralloy.merging import merge as run
 from loralloy.merging.rule import Param, Plugin
 from loralloy.merging.stack import LowRank
+from loralloy.recipe import Recipe
+from loralloy.saving import card
 from loralloy.weights import Weights
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "recipe.yaml"]
@@ -55,6 +58,8 @@ FORMS = {
     "both": ["-w", "0.6 -0.4", "1.5"],
     "repeated": ["--weights", "0.6", "--weights", "-0.4", "-w", "1.5"],
     "equals": ["--weights=0.6,-0.4,1.5"],
+    "equals and spaces": ["--weights=0.6", "-0.4", "1.5"],
+    "short and equals": ["-w=0.6", "-0.4,1.5"],
     "exponents": ["--weights", "6e-1", "-4e-1", "1.5"],
 }
 
@@ -142,6 +147,24 @@ def test_output_is_replaced_only_when_told(cli, parents, tmp_path):
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert cli("merge", *parents[:1], "-o", out, "--overwrite").code == 0
     assert error(delta(written(out)), expected(parents[:1], [1.0])) < 1e-3
+
+
+def test_only_adapter_folders_are_replaced(cli, parents, tmp_path):
+    """--overwrite is for an earlier result (or an empty folder), not for whatever stands there."""
+    mine = tmp_path / "mine"
+    shutil.copytree(parents[0], mine / "spam")
+    (mine / "notes.txt").write_text("keep")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    says = ["not an adapter folder", "give another -o, or remove the folder yourself"]
+    cli("merge", tmp_path / "none", "-o", mine, "--overwrite").refused(str(mine), *says)  # before any work
+    with pytest.raises(LoralloyError, match=says[0]):
+        Recipe.from_dict({"version": 1, "adapters": [str(parents[0])]}).prepare().merge(mine, overwrite=True)
+    cli("merge", *parents, "-o", mine / "notes.txt", "--overwrite").refused("notes.txt is a file", "give another -o")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    (tmp_path / "empty").mkdir()
+    for replaced in (tmp_path / "empty", mine / "spam"):
+        assert cli("merge", *parents, "-o", replaced, "--overwrite").code == 0
+        written(replaced)
 
 
 def test_a_taken_output_is_refused_before_any_work(cli, tmp_path):
@@ -320,8 +343,20 @@ def test_plug_ins_and_their_parameters(cli, parents, tmp_path, plugins):
     again = cli("merge", tmp_path / "m/recipe.yaml", "--really", "false", "-o", tmp_path / "n")
     assert "after is halve(really=false) by flag, not halve" in again.out
     assert error(delta(written(tmp_path / "n")), expected(parents, [2.0] * 3)) < 1e-5
+    page = (tmp_path / "m/README.md").read_text()
+    assert "Plug-in before the rule: `double(times=6.0, seed=0)`." in page
+    assert "Plug-in after the rule: `halve(really=True)`." in page and "with rule `cat` in" in page
     text = " ".join(cli("merge", *parents, *flags, "--explain").out.split())
     assert "before double: s" in text and "times 6.0 (default 2.0)" in text and "really true (default)" in text
+
+
+def test_the_card_names_the_rule_with_its_parameters(cli, parents, tmp_path):
+    cli("merge", *parents, "--rule", "ties", "--density", "0.5", "-o", tmp_path / "m")
+    merged = written(tmp_path / "m")
+    text = (tmp_path / "m/README.md").read_text()
+    assert f"with rule `{Ties(density=0.5)}` in delta space, rank `" in text and "Plug-in" not in text
+    old = {k: v for k, v in merged.provenance["merge"].items() if k != "parameters"}
+    assert "with rule `ties` in delta space, rank `" in card("old", merged.base, {"a": 4}, {"merge": old})
 
 
 def test_plug_ins_in_the_wrong_place(cli, parents, tmp_path, plugins):
@@ -368,8 +403,8 @@ def test_the_cost_of_the_cut_is_printed(cli, parents, tmp_path):
 
 
 def test_measure(cli, parents, tmp_path):
-    said = cli("merge", *parents, "--measure", "none", "-o", tmp_path / "none").out
-    assert "not measured" in said and "before the cast" not in said
+    said = cli("merge", *parents, "--measure", "none", "--rank", "2", "-o", tmp_path / "none").out
+    assert "not measured" in said and "before the cast" not in said and "the cut" not in said and "nan" not in said
     assert "(estimated)" in cli("merge", *parents, "--measure", "estimate", "-o", tmp_path / "est").out
 
 
@@ -462,8 +497,8 @@ def test_the_output_repeats_itself(cli, parents, tmp_path):
     cli("merge", *parents, "--rule", "dare_ties", "--rank", "2", "-o", first)
     assert cli("merge", first / "recipe.yaml", "-o", tmp_path / "b" / "m").code == 0
     assert all((first / f).read_bytes() == (tmp_path / "b/m" / f).read_bytes() for f in FILES)
-    cli("merge", first / "recipe.yaml").refused(str(first), "exists already", "--overwrite")
-    assert cli("merge", first / "recipe.yaml", "--overwrite").code == 0
+    cli("merge", first / "recipe.yaml", "-o", first).refused(str(first), "exists already", "--overwrite")
+    assert cli("merge", first / "recipe.yaml", "-o", first, "--overwrite").code == 0
     assert all((first / f).read_bytes() == (tmp_path / "b/m" / f).read_bytes() for f in FILES)
 
 
@@ -485,6 +520,10 @@ def test_save_recipe(cli, parents, tmp_path):
     ran = cli("merge", *parents, *flags, "--save-recipe", saved)
     assert ran.code == 0 and f"wrote {saved}" in ran.out
     assert [p.name for p in tmp_path.iterdir()] == ["deep"] and [p.name for p in saved.parent.iterdir()] == ["r.yaml"]
+    assert "nothing was written" not in ran.out and "nothing was merged (no -o)" in ran.out
+    ran = cli("merge", *parents, *flags, "--save-recipe", saved, "--overwrite", "--explain", "-o", tmp_path / "no")
+    assert "nothing was written" not in ran.out and "nothing was merged (--explain)" in ran.out
+    assert "out: ../no" in saved.read_text() and not (tmp_path / "no").exists()
     cli("merge", *parents, *flags, "-o", tmp_path / "a")
     cli("merge", saved, "-o", tmp_path / "b")
     assert error(delta(written(tmp_path / "b")), delta(written(tmp_path / "a"))) == 0

@@ -97,8 +97,8 @@ def _part(part: Part) -> dict[str, Any]:
     }
 
 
-def show(data: dict[str, Any], job: Job, stdout: Console) -> None:
-    """Print the plan."""
+def show(data: dict[str, Any], job: Job, stdout: Console, closing: str) -> None:
+    """Print the plan, and `closing` as its last line."""
     from rich.table import Table
     from rich.text import Text
 
@@ -143,7 +143,7 @@ def show(data: dict[str, Any], job: Job, stdout: Console) -> None:
     head("runs on", f"{data['device']}; error: {data['measure']}")
     for note in data["notes"]:
         line(f"note: {note}")
-    line("nothing was written (--explain)")
+    line(closing)
 
 
 def _show_part(title: str, part: dict[str, Any], head: Any, stdout: Console) -> None:

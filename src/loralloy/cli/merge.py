@@ -15,14 +15,19 @@ if TYPE_CHECKING:
     from ..merging import Merged
     from ..recipe import Job
 
+_WEIGHTS = ("--weights", "-w")
+
 
 class MergeCommand(parameters.ParameterCommand):
-    """`--weights 0.6 -0.4`: an option takes one value, so the numbers after it are made one before they are parsed."""
+    """`--weights 0.6 -0.4` and `--weights=0.6 -0.4`: an option takes one value, so the numbers are made one before parsing."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined: list[str] = []
         for text in args:
-            if len(joined) > 1 and joined[-2] in ("--weights", "-w") and numbers(joined[-1]) and numbers(text):
+            flag, equals, value = text.partition("=")
+            if equals and flag in _WEIGHTS and "--" not in joined:
+                joined += [flag, value]
+            elif len(joined) > 1 and joined[-2] in _WEIGHTS and numbers(joined[-1]) and numbers(text):
                 joined[-1] += f",{text}"
             else:
                 joined.append(text)
@@ -90,9 +95,10 @@ def merge(
 
     Example: loralloy merge bank/a bank/b --weights 0.6 0.4 --rule ties --density 0.3 --rank 8 -o merged
     """
-    from ..atomic import atomic_file, check_free
+    from ..atomic import atomic_file
     from ..console import out as stdout
     from ..console import progress
+    from ..recipe.job import check_out
 
     flags = {
         "rule": rule, "before": before, "after": after, "space": space, "rank": parse_rank(rank), "energy": energy,
@@ -104,7 +110,7 @@ def merge(
     if target is None and not explain and save_recipe is None:
         raise typer.BadParameter("give the folder to write", context, param_hint="'-o' / '--out'")
     if target is not None and not explain:
-        check_free(target.absolute(), overwrite)
+        check_out(target.absolute(), overwrite)
     if save_recipe is not None and save_recipe.exists() and not overwrite:
         raise LoralloyError(f"--save-recipe {save_recipe} exists already; choose another name or pass --overwrite")
     job = recipe.prepare(update_lock)
@@ -112,7 +118,9 @@ def merge(
         from .explain import describe, show
 
         data = describe(job, said)
-        stdout.print_json(data=data) if json else show(data, job, stdout)
+        what = "merged" if save_recipe is not None else "written"
+        why = "--explain" if explain else "no -o"
+        stdout.print_json(data=data) if json else show(data, job, stdout, f"nothing was {what} ({why})")
     if save_recipe is not None:
         atomic_file(save_recipe, job.to_yaml(save_recipe.absolute().parent, target), overwrite)
         if not json:
@@ -163,7 +171,7 @@ def _print(merged: Merged, job: Job, said: list[str]) -> None:
         )
         if report.error > 0.01:
             line("largest by module: " + ", ".join(f"{module} {error:.2f}" for module, error in report.worst(3)))
-    if report.cut:
+    if report.cut > 0:  # NaN where nothing was measured
         line(
             f"the cut to rank {merged.adapter.max_rank} lost {report.cut:.2e} of the rule's own result (relative, Frobenius)"
         )

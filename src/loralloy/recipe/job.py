@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _NOTHING = 1e-12
 
 
@@ -107,9 +108,8 @@ class Job:
         )
 
     def to_yaml(self, folder: Path, out: Path | None = None) -> str:
-        """The resolved recipe as the text of a file in `folder`."""
-        recipe = self.resolved()
-        recipe = recipe.replace(out=os.path.abspath(out)) if out is not None else recipe
+        """The resolved recipe as the text of a file in `folder`; it names an output only where `out` is given."""
+        recipe = self.resolved().replace(out=os.path.abspath(out) if out is not None else None)
         head = (
             f"# Written by loralloy {__version__}. `loralloy merge THIS_FILE -o FOLDER` merges the same adapters again, and\n"
             "# refuses if one of them has changed (--update-lock takes it as it is).\n"
@@ -124,7 +124,7 @@ class Job:
     ) -> Merged:
         """Merge; with `out`, stream to that folder and put the resolved recipe beside the adapter as ``recipe.yaml``.
 
-        Raises LoralloyError for what :func:`loralloy.merging.merge` does, and if `out` exists and `overwrite` is False.
+        Raises LoralloyError for what :func:`loralloy.merging.merge` and :func:`check_out` do.
         """
         from ..merging import merge
 
@@ -132,14 +132,31 @@ class Job:
         if out is None:
             return merge(self.bank, self.weights, **more)
         target = Path(out).absolute()
-        check_free(target, overwrite)
+        check_out(target, overwrite)
         with atomic_folder(target, overwrite) as folder:
             merged = merge(self.bank, self.weights, name=target.name, out=folder / "made", **more)
             for file in sorted((folder / "made").iterdir()):
                 os.replace(file, folder / file.name)
             shutil.rmtree(folder / "made")
-            (folder / RECIPE_FILE).write_text(self.to_yaml(target, target), encoding="utf-8")
+            # Without `out`: a copy of this file elsewhere would name the folder that it was copied to.
+            (folder / RECIPE_FILE).write_text(self.to_yaml(target), encoding="utf-8")
         return replace(merged, adapter=Adapter.load(target))
+
+
+def check_out(target: Path, overwrite: bool) -> None:
+    """Raise LoralloyError if `target` exists and may not be replaced: without `overwrite` anything, with it what is neither
+    an adapter folder nor empty."""
+    check_free(target, overwrite)
+    if target.is_dir():
+        if any(target.iterdir()) and not any((target / file).is_file() for file in _ADAPTER_FILES):
+            raise LoralloyError(
+                f"{target} is not an adapter folder and not empty, so --overwrite does not replace it; give another -o, or "
+                "remove the folder yourself"
+            )
+    elif target.exists():
+        raise LoralloyError(
+            f"{target} is a file, so --overwrite does not replace it by a folder; give another -o, or remove the file yourself"
+        )
 
 
 def prepare(recipe: Recipe, update_lock: bool = False) -> Job:
