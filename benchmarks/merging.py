@@ -164,8 +164,10 @@ def optimum(adapters: list[dict[str, LoraFactors]], name: str, rank: int, got: L
     return {"ours": ours, "optimum": best, "above": ours / best - 1 if best else ours}
 
 
-NOTE = """PEFT adds in bf16 here, ours in float32 with one rounding, hence the differences of 2e-3 below; in float32 the two agree to 1e-7
-(merging-cpu.md, and the tests on dW and logits). PEFT's svd is one layer's time, times the layers."""
+NOTE = (
+    "PEFT adds in bf16 here, ours in float32 with one rounding, hence the differences of 2e-3 below; in float32 the two agree\n"
+    "to 1e-7 (merging-cpu.md, and the tests on dW and logits). PEFT's svd is one layer's time, times the layers."
+)
 CASES: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
     # label, our rule, our space, our parameters, PEFT's call
     ("linear", "linear", "factors", {}, {"rule": "linear"}),
