@@ -19,7 +19,7 @@ from .stack import LowRank, gram
 
 _DEPENDENT = 1e-5  # smallest Cholesky pivot of the correlation matrix; its square root's error is then below 1e-6
 _BATCH = 8  # eigh on a GPU takes matrices one by one; from here on block powers are faster
-_STAGES, _ROUNDS, _SETTLED, _ABOVE, _ROUNDED = 48, 2, 3e-7, 1e-4, 1e-14
+_STAGES, _ROUNDS, _SETTLED, _ABOVE, _ROUNDED = 64, 2, 1e-8, 1e-5, 1e-14
 _STEADY, _FIRST, _SQUARINGS = 4e-3, 2, 7  # a smallest pivot that lets the power grow, and how far
 _ROWS = 512
 _RESIDUAL = 1e-4  # of the energy: below it the loss is measured on the residual itself
