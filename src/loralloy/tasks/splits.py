@@ -20,11 +20,17 @@ SPLITS = ("test", "validation", "train")
 
 @dataclass(frozen=True)
 class Row:
-    """One checked row: the texts of the columns, the gold answer, and the row's own options (empty if it has none)."""
+    """One checked row: the texts of the columns, the gold answer, and the row's own options (empty if it has none).
+
+    `references` are all the right answers where a row has several, the gold one first.
+    """
 
     texts: tuple[str, ...]
     answer: str
     options: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    group: str = ""
+    """What rows of one group share: they stay in one split. Empty for a row on its own."""
 
     @property
     def key(self) -> str:
@@ -44,10 +50,11 @@ def order(key: str, seed: int) -> tuple[str, str]:
     return hashlib.sha256(f"{seed}|{key}".encode("utf-8", "surrogatepass")).hexdigest(), key
 
 
-def deduplicate(rows: Iterable[Row]) -> list[Row]:
-    """One row per normalised text. Of several spellings the smallest is kept, so that file order does not matter.
+def deduplicate(rows: Iterable[Row], drop: bool = False) -> tuple[list[Row], int]:
+    """One row per normalised text, and how many texts were dropped for having two different answers.
 
-    Raises LoralloyError when a text comes with two different answers: nobody could learn or score it.
+    Of several spellings the smallest is kept, so that file order does not matter. Raises LoralloyError when a text comes
+    with two different answers (nobody could learn or score it), unless `drop` leaves those texts out.
     """
     kept: dict[str, Row] = {}
     conflicts: dict[str, tuple[str, str]] = {}
@@ -56,39 +63,86 @@ def deduplicate(rows: Iterable[Row]) -> list[Row]:
         old = kept.get(key)
         if old is not None and old.answer != row.answer:
             conflicts.setdefault(key, (old.answer, row.answer))
-        if old is None or (row.texts, row.answer, row.options) < (old.texts, old.answer, old.options):
+        if old is None or _spelling(row) < _spelling(old):
             kept[key] = row
-    if conflicts:
+    if conflicts and not drop:
         text = min(conflicts)
         one, two = sorted(conflicts[text])
-        shown = text.replace("\x1f", " / ")
         raise LoralloyError(
             f"{len(conflicts)} text(s) appear with two different answers, "
-            f"e.g. {shown[:80]!r} with {one!r} and {two!r}; "
-            "remove those rows, keep one answer for each, or add the column that tells them apart to `columns`"
+            f"e.g. {_shown(text)} with {one!r} and {two!r}; remove those rows, keep one answer for each, add the column "
+            "that tells them apart to `columns`, or say `repeats: drop` in `source`"
         )
-    return list(kept.values())
+    return [row for key, row in kept.items() if key not in conflicts], len(conflicts)
 
 
-def split(rows: Iterable[Row], test: int, validation: int, train: int | None, seed: int) -> dict[str, list[Row]]:
-    """Deduplicate and divide `rows`; returns ``{"test": [...], "validation": [...], "train": [...]}`` in hash order.
+def _shown(key: str) -> str:
+    return repr(key.replace("\x1f", " / ")[:80])
 
-    `train` cuts the train split to so many rows; None takes all that is left. Raises LoralloyError on conflicting
-    duplicates, and when there are too few rows for the splits asked for (train gets at least one row unless it is 0).
+
+def _spelling(row: Row) -> tuple[tuple[str, ...], str, tuple[str, ...], str]:
+    return row.texts, row.answer, row.options, row.group
+
+
+def split(rows: Sequence[Row], test: int, validation: int, train: int | None, seed: int) -> dict[str, list[Row]]:
+    """Divide deduplicated `rows`; returns ``{"test": [...], "validation": [...], "train": [...]}``, each in hash order.
+
+    `train` cuts the train split to so many rows; None takes all that is left. Rows of one group stay in one split: groups
+    are put in hash order as texts are, and where a split is full the rest of its last group is left out. Raises
+    LoralloyError when there are too few rows for the splits asked for (train gets at least one row unless it is 0).
     """
-    unique = sorted(deduplicate(rows), key=lambda row: order(row.key, seed))
-    needed = test + validation + (0 if train == 0 else 1)
-    if len(unique) < needed:
+    queue = sorted(rows, key=lambda row: (*order(_group(row), seed), *order(row.key, seed)))
+    wanted = {"test": test, "validation": validation, "train": len(queue) if train is None else train}
+    parts: dict[str, list[Row]] = {}
+    start = 0
+    for name in SPLITS:
+        end = min(start + wanted[name], len(queue))
+        parts[name] = queue[start:end]
+        while start < end < len(queue) and _group(queue[end]) == _group(queue[end - 1]):
+            end += 1
+        start = end
+    if any(len(parts[name]) < wanted[name] for name in ("test", "validation")) or (train != 0 and not parts["train"]):
         raise LoralloyError(
-            f"{len(unique)} different texts are too few: splits.test {test} + splits.validation {validation}"
-            f"{'' if train == 0 else ' + at least 1 for training'} need {needed}; lower the splits"
+            f"{len(queue)} different texts are too few: splits.test {test} + splits.validation {validation}"
+            f"{'' if train == 0 else ' + at least 1 for training'} need {test + validation + (train != 0)}; lower the splits"
         )
-    rest = unique[test + validation :]
-    return {
-        "test": unique[:test],
-        "validation": unique[test : test + validation],
-        "train": rest if train is None else rest[:train],
-    }
+    return {name: in_order(part, seed) for name, part in parts.items()}
+
+
+def in_order(rows: Iterable[Row], seed: int) -> list[Row]:
+    """Rows in the order of their texts' seeded hashes."""
+    return sorted(rows, key=lambda row: order(row.key, seed))
+
+
+def apart(parts: dict[str, list[Row]], drop: bool = False) -> tuple[dict[str, list[Row]], dict[str, int]]:
+    """A source's own splits with no text in two of them, and how many texts were dropped ("train, also in test": n).
+
+    A text in two splits is an error unless `drop`: then it stays in test, or else in validation. Each split must be
+    deduplicated. Raises LoralloyError with the number and the way out.
+    """
+    kept: dict[str, list[Row]] = {}
+    counts: dict[str, int] = {}
+    seen: dict[str, str] = {}
+    for name in (name for name in SPLITS if name in parts):
+        kept[name] = []
+        for row in parts[name]:
+            if (other := seen.setdefault(row.key, name)) == name:
+                kept[name].append(row)
+                continue
+            if not counts:
+                example = _shown(row.key)
+            counts[f"{name}, also in {other}"] = counts.get(f"{name}, also in {other}", 0) + 1
+    if counts and not drop:
+        said = "; ".join(f"{number} of {pair}" for pair, number in counts.items())
+        raise LoralloyError(
+            f"the source's own splits share texts ({said}), e.g. {example}: what is tested would be trained on; say "
+            "`repeats: drop` in `source` (each stays in test, or else in validation), or give one file to divide by hash"
+        )
+    return kept, counts
+
+
+def _group(row: Row) -> str:
+    return normalise([row.group]) if row.group else row.key
 
 
 def without_conflicts(rows: Iterable[dict[str, Any]], columns: Sequence[str], answer: str) -> list[dict[str, Any]]:

@@ -17,10 +17,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
+from ..console import console
 from ..errors import LoralloyError
+from .cells import check_options, kind
+from .rows import load, texts_of
 from .schema import Column, Source, Splits, Strict, explain
-from .sources import cell, check_options, kind, read_rows, row_options
-from .splits import SPLITS, Row, split
+from .splits import SPLITS, Row
 
 VERSION = 1
 Split = Literal["train", "validation", "test"]
@@ -43,6 +45,8 @@ class Example:
     """The gold answer's text."""
     options: tuple[str, ...]
     """The task's labels, or this row's own options; empty for free text."""
+    references: tuple[str, ...] = ()
+    """All right answers where the row has several, the gold one first; else empty."""
 
 
 class Rendered(NamedTuple):
@@ -52,7 +56,12 @@ class Rendered(NamedTuple):
 
 
 class Task(Strict):
-    """A task file. It has `labels` (a closed set), `options` (a column with each row's own), or neither (free text)."""
+    """A task file. It has `labels` (a closed set), `options` (each row's own), or neither (free text).
+
+    `values` are the data's own names of the labels (``{"0": "negative"}``); `labels` given as a mapping fills both.
+    `answer_as` says whether the answer column holds the text, or an index (from 0), number (from 1) or letter (from A)
+    of the labels or options. Column names may be paths (``choices.text``, ``endings.0``).
+    """
 
     version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=80)]
@@ -63,7 +72,9 @@ class Task(Strict):
     cue: str = "Answer:"
     answer: Annotated[str, Field(min_length=1)]
     labels: tuple[str, ...] = ()
-    options: str | None = None
+    values: Mapping[str, str] = Field(default_factory=dict)
+    options: str | tuple[str, ...] | None = None
+    answer_as: Literal["text", "index", "number", "letter"] = "text"
     source: Source
     splits: Splits = Splits()
     licence: str = ""
@@ -71,6 +82,7 @@ class Task(Strict):
 
     _path: Path | None = PrivateAttr(default=None)
     _rows: dict[str, list[Row]] | None = PrivateAttr(default=None)
+    _remarks: tuple[str, ...] = PrivateAttr(default=())
 
     @model_validator(mode="after")
     def _consistent(self) -> Task:
@@ -85,8 +97,18 @@ class Task(Strict):
             raise ValueError(
                 "`labels` and `options` are both given; keep one (a closed set, or a column of each row's own)"
             )
-        if self.options is not None and self.options in [*names, self.answer]:
+        if isinstance(self.options, str) and self.options in [*names, self.answer]:
             raise ValueError(f"the options column {self.options!r} is also used as a text or answer column")
+        if isinstance(self.options, tuple):
+            check_options(self.options, "`options` (a list of columns)")
+        if self.answer_as != "text" and (self.values or not (self.labels or self.options)):
+            raise ValueError(f"`answer_as: {self.answer_as}` needs `labels` as a list, or `options`")
+        if set(self.values.values()) - set(self.labels):
+            raise ValueError("`values` maps to a name that is not in `labels`")
+        if self.source.own is None and None in (self.splits.test, self.splits.validation):
+            raise ValueError(
+                "`splits.test` and `splits.validation` are numbers, unless the source has splits of its own"
+            )
         if self.labels:
             check_options(self.labels, "`labels`")
         return self
@@ -122,6 +144,10 @@ class Task(Strict):
                 f"{where}: version {version!r} is not known to this loralloy (it reads version {VERSION}); "
                 "upgrade loralloy, or rewrite the file as docs/tasks.md describes"
             )
+        if isinstance(data.get("labels"), dict):
+            names = list(data["labels"].values())
+            unique = [name for n, name in enumerate(names) if name not in names[:n]]
+            data = {**data, "labels": unique, "values": data["labels"]}
         try:
             task = cls.model_validate_json(json.dumps(data, default=str))
         except ValidationError as error:
@@ -136,9 +162,20 @@ class Task(Strict):
 
     @property
     def data_path(self) -> Path:
-        """The data file, with `source.path` taken relative to the task file."""
+        """The one data file, with `source.path` taken relative to the task file. Raises LoralloyError if it has none."""
+        if self.source.path is None:
+            raise LoralloyError(f"task {self.name!r} has no `source.path`")
+        return self.file(self.source.path)
+
+    def file(self, path: str) -> Path:
+        """A path of `source`, taken relative to the task file."""
         base = self._path.parent if self._path is not None else Path()
-        return Path(os.path.normpath(base / self.source.path))
+        return Path(os.path.normpath(base / path))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What `source.repeats: drop` left out, with numbers; known once rows have been read."""
+        return self._remarks
 
     def to_dict(self) -> dict[str, Any]:
         """What the YAML file holds, defaults filled in; ``Task.from_dict`` reads it back."""
@@ -163,25 +200,24 @@ class Task(Strict):
         for n, row in enumerate(self.rows()[split][:limit]):
             prompt, query, raw = self.render(dict(zip(names, row.texts, strict=True)))
             options = self.labels or row.options
-            out.append(Example(f"{self.name}/{split}/{n}", self.name, prompt, query, raw, row.answer, options))
+            name = f"{self.name}/{split}/{n}"
+            out.append(Example(name, self.name, prompt, query, raw, row.answer, options, row.references))
         return out
 
     def rows(self) -> dict[str, list[Row]]:
-        """The checked rows of all splits; the data file is read once.
+        """The checked rows of all splits; the data is read once. What is left out on demand is said on stderr.
 
-        Raises LoralloyError for a missing data file, an unknown column, an empty text, an answer outside the labels or
-        options, one text with two answers, and too few rows.
+        Raises LoralloyError for missing data, an unknown column, an empty text, an answer outside the labels or options,
+        one text with two answers or in two of the source's own splits, and too few rows.
         """
         if self._rows is None:
-            path = self.data_path
-            if not path.is_file():
-                raise LoralloyError(f"task {self.name!r}: the data file {path} is missing; {self._build_command(path)}")
             try:
-                checked = [self._check(row, f"{path}, line {n}") for n, row in read_rows(path)]
-                s = self.splits
-                self._rows = split(checked, s.test, s.validation, s.train, s.seed)
+                self._rows, remarks = load(self)
             except LoralloyError as error:
                 raise error.within(f"task {self.name!r}") from error
+            self._remarks = tuple(remarks)
+            for remark in remarks:
+                console.print(f"task {self.name}: {remark}", markup=False)
         return self._rows
 
     def render(self, row: Mapping[str, Any]) -> Rendered:
@@ -189,7 +225,7 @@ class Task(Strict):
 
         Raises LoralloyError when a column is missing, not text, or empty.
         """
-        texts = self._texts(row, f"task {self.name!r}")
+        texts = texts_of(self, row, f"task {self.name!r}")
         shown = [column.prefix + text for column, text in zip(self.columns, texts, strict=True)]
         query = self.separator.join([*([self.hint] if self.hint else []), *shown])
         prompt = (self.separator.join([query, self.cue]) if self.cue else query).rstrip()
@@ -215,36 +251,6 @@ class Task(Strict):
         if not text:
             raise LoralloyError(f"task {self.name!r}: the text is empty; give the {column.name} to answer about")
         return self.render({column.name: text}).prompt
-
-    def _build_command(self, path: Path) -> str:
-        from .packaged import READERS
-
-        if path.stem in READERS and path.suffix == ".jsonl":
-            return f"build it with `python -m loralloy.tasks.packaged --out {path.parent} --tasks {path.stem}`"
-        return f"correct `source.path` in {self._path or 'the task'}"
-
-    def _texts(self, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
-        texts = tuple(cell(row, column.name, where).strip() for column in self.columns)
-        for column, text in zip(self.columns, texts, strict=True):
-            if not text:
-                raise LoralloyError(f"{where}: column {column.name!r} is empty; fill it or remove the row")
-        return texts
-
-    def _check(self, row: Mapping[str, Any], where: str) -> Row:
-        texts = self._texts(row, where)
-        answer = cell(row, self.answer, where).strip()
-        if not answer:
-            raise LoralloyError(f"{where}: the answer column {self.answer!r} is empty; fill it or remove the row")
-        options: tuple[str, ...] = ()
-        if self.options is not None:
-            options = row_options(row, self.options, where)
-        allowed = self.labels or options
-        if allowed and answer not in allowed:
-            source = "`labels`" if self.labels else f"the row's {self.options!r}"
-            raise LoralloyError(
-                f"{where}: {self.answer} is {answer!r}, not among {source} ({', '.join(allowed)}); add or correct it"
-            )
-        return Row(texts, answer, options)
 
 
 def load_tasks(folder_or_files: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Task]:
