@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from .composed import LiveModel
+from .gated import Gate, Gated, Pass
+from .merged_rows import MergedRows
 
-__all__ = ["LiveModel"]
+__all__ = ["Gate", "Gated", "LiveModel", "MergedRows", "Pass"]

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..base_ref import BaseRef, compare
 from ..errors import LoralloyError
 from ..factors import LoraFactors
 from ..weights import Weights
+from .fit import check_fit, check_saved_modules
+from .gated import Gate, Gated
 
 if TYPE_CHECKING:
     from ..bank import Bank
@@ -32,7 +35,7 @@ class _Module:
     def __init__(self, name: str, target: nn.Module, factors: Mapping[str, LoraFactors], names: Sequence[str]) -> None:
         parts = list(factors.values())
         weight = target.weight
-        assert isinstance(weight, Tensor)  # _check_fit has seen to it
+        assert isinstance(weight, Tensor)  # check_fit has seen to it
         dtype, device = weight.dtype, weight.device
         if not dtype.is_floating_point:  # a quantised base computes in the dtype of its input
             dtype = torch.float32
@@ -48,8 +51,11 @@ class _Module:
         # column of A_cat -> index of its adapter, so that a row's weights spread to its R coefficients by one gather
         owner = [names.index(n) for n, f in factors.items() for _ in range(f.rank)]
         self.owner = torch.tensor(owner, device=device)
+        self.layout = tuple(owner), device  # modules of one layout have the same coefficients
         self.coefficients: Tensor | None = None  # [rows, R] or [1, R]
         self.rows = 1  # how many rows were given; 1 is for all
+        self.gated: Gated | None = None  # while set, a gate decides and not the coefficients
+        self._stacked: tuple[Tensor, Tensor] | None = None
 
     def set(self, rows: Tensor) -> None:
         """rows [b, n] of weights -> coefficients [b, R] (or [1, R] when all rows agree), None when all are zero."""
@@ -59,7 +65,17 @@ class _Module:
             spread = spread[:1]
         self.coefficients = spread if bool((spread != 0).any()) else None
 
+    def stacked(self, n: int) -> tuple[Tensor, Tensor]:
+        """The factors by adapter, padded to one rank: A [n, r, in] and B^T [n, r, out]; zero where one has no such module."""
+        if self._stacked is None:
+            mine = [self.owner == i for i in range(n)]
+            a, b = (pad_sequence([t[m] for m in mine], batch_first=True) for t in (self.A, self.B.T))
+            self._stacked = a, b
+        return self._stacked
+
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.gated is not None:
+            return output + self.gated.output(self, args[0]).to(output.dtype)
         if self.coefficients is None:
             return None
         x = args[0]
@@ -118,7 +134,8 @@ class LiveModel:
                     "trained on, or pass --assume-same-base"
                 )
         self.model, self.bank, self.names = model, bank, bank.names
-        self._modules: dict[str, _Module] = {}
+        self.parts: dict[str, _Module] = {}
+        """By module of the base: the stacked factors of all adapters."""
         self._handles: list[Any] = []
         found = dict(model.named_modules())
         for name in bank.modules:
@@ -129,13 +146,13 @@ class LiveModel:
                     f"adapter {owner!r} has module {name!r}, which the model does not; it is not of this base model"
                 )
             try:
-                _check_fit(name, found[name], next(iter(factors.values())))
+                check_fit(name, found[name], next(iter(factors.values())))
             except LoralloyError as error:
                 raise error.within(f"module {name!r} of adapter {owner!r}") from None
-            self._modules[name] = _Module(name, found[name], factors, self.names)
-        _check_saved_modules(model, bank)
+            self.parts[name] = _Module(name, found[name], factors, self.names)
+        check_saved_modules(model, bank)
         try:
-            for name, part in self._modules.items():
+            for name, part in self.parts.items():
                 self._handles.append(found[name].register_forward_hook(part.hook))
         except BaseException:
             self.remove()
@@ -148,7 +165,7 @@ class LiveModel:
     def set(self, weights: Weights | Sequence[Weights] | None) -> None:
         """Set one composition for all rows, one for each row of the next batches, or None for the plain base."""
         if weights is None:
-            for part in self._modules.values():
+            for part in self.parts.values():
                 part.coefficients = None
             return
         rows = [weights] if isinstance(weights, Weights) else list(weights)
@@ -163,68 +180,46 @@ class LiveModel:
             if row.per_module:
                 self.bank.check_weights(row)  # a misspelt module would be a weight of 0 that nobody sees
         if any(row.per_module for row in rows):
-            for name, part in self._modules.items():
+            for name, part in self.parts.items():
                 part.set(torch.tensor([[row.of(n, name) for n in self.names] for row in rows]))
         else:
             table = torch.tensor([[row.of(n) for n in self.names] for row in rows])
-            for part in self._modules.values():
-                part.set(table)
+            known: dict[Any, tuple[Tensor | None, int]] = {}  # setting waits for the device: once, not once a module
+            for part in self.parts.values():
+                if part.layout in known:
+                    part.coefficients, part.rows = known[part.layout]
+                else:
+                    part.set(table)
+                    known[part.layout] = part.coefficients, part.rows
 
     @contextlib.contextmanager
     def compose(self, weights: Weights | Sequence[Weights] | None) -> Iterator[nn.Module]:
         """The model under these weights inside the block; whatever was set before is set again after it."""
-        before = {name: (part.coefficients, part.rows) for name, part in self._modules.items()}
+        before = {name: (part.coefficients, part.rows) for name, part in self.parts.items()}
         self.set(weights)
         try:
             yield self.model
         finally:
-            for name, part in self._modules.items():
+            for name, part in self.parts.items():
                 part.coefficients, part.rows = before[name]
+
+    @contextlib.contextmanager
+    def gate(
+        self,
+        gate: Gate,
+        allowed: Tensor | None = None,
+        index: Sequence[int] | None = None,
+        pooled: Tensor | None = None,
+    ) -> Iterator[nn.Module]:
+        """The model under a gate inside the block: coefficients that change by token or row (see :class:`Gated`).
+
+        For `predict`, whose passes over a cache must find their prompt's, make one :class:`Gated` and pass its `rows`.
+        """
+        with Gated(self, gate, allowed).rows(index, pooled) as model:
+            yield model
 
     def remove(self) -> None:
         """Take the hooks out: the model is the plain base again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-
-def _check_saved_modules(model: nn.Module, bank: Bank) -> None:
-    """Raise LoralloyError for fully saved tensors, unless they are the model's own.
-
-    PEFT saves a copy of the base's embeddings and head beside their factors (as ``lm_head.base_layer.weight``).
-    """
-    own = dict(model.named_parameters(remove_duplicate=False))
-    for adapter in bank.values():
-        for name in adapter.extra:
-            tensor, mine = adapter.extra_tensor(name), own.get(name.replace(".base_layer.", "."))
-            if mine is None or mine.shape != tensor.shape or not torch.equal(tensor.to(mine), mine):
-                raise LoralloyError(
-                    f"adapter {adapter.name!r} saved whole modules ({name}, not the model's own), which cannot be mixed row "
-                    "by row; leave it out of the bank, or load it alone with PEFT"
-                )
-
-
-def _check_fit(name: str, module: nn.Module, factors: LoraFactors) -> None:
-    """Raise LoralloyError unless the factors fit this module of the base."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise LoralloyError(f"the model has a {type(module).__name__} there, which has no weight to adapt")
-    if factors.kind == "conv":
-        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            raise LoralloyError(f"the adapter has convolution factors, the model a {type(module).__name__}")
-        if module.groups != 1:
-            raise LoralloyError("convolutions with groups cannot be composed; leave this module out of the adapter")
-        have, want = tuple(weight.shape), (factors.B.shape[0], *factors.A.shape[1:])
-    elif factors.kind == "embedding":
-        have, want = tuple(weight.shape), factors.shape[::-1]
-    elif isinstance(module, nn.Linear):
-        have, want = (module.out_features, module.in_features), factors.shape
-    elif type(module).__name__ == "Conv1D":  # GPT-2's linear layer, stored transposed (fan_in_fan_out)
-        have, want = tuple(weight.shape), factors.shape[::-1]
-    else:
-        raise LoralloyError(
-            f"the model has a {type(module).__name__} there, which is not a linear, embedding or convolution"
-        )
-    if tuple(have) != tuple(want):
-        hint = " (tokens were added to one of them?)" if factors.kind == "embedding" or name.endswith("head") else ""
-        raise LoralloyError(f"the adapter expects a weight of {list(want)}, the model has {list(have)}{hint}")
