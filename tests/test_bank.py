@@ -93,7 +93,7 @@ def test_empty_bank(tmp_path):
     with pytest.raises(LoralloyError, match="the bank is empty"):
         Bank([])
     (tmp_path / "sub").mkdir()
-    with pytest.raises(LoralloyError, match="holds no adapter; expected subfolders"):
+    with pytest.raises(LoralloyError, match=r"not an adapter folder and holds none; expected adapter_config\.json"):
         Bank.load(tmp_path)
 
 

@@ -54,7 +54,7 @@ def test_public_names():
 ORDER = [
     "errors console atomic stats",
     "factors",
-    "hub base_ref formats adapter_config tensor_file saving adapter",
+    "hub base_ref formats adapter_config tensor_file stored saving adapter",
     "weights layerwise bank",
     "merging recipe tasks overlap",
     "retrieval live",
@@ -62,7 +62,7 @@ ORDER = [
     "training exporting",
     "answer",
     "continual evaluation serving",
-    "cli",
+    "cli lm_eval",
     "__main__",
 ]
 STEPS = {room: step for step, rooms in enumerate(ORDER) for room in rooms.split()}
@@ -119,6 +119,17 @@ def test_merging_needs_torch_alone():
             else:
                 continue
             assert {n.split(".")[0] for n in names} <= allowed, f"{path.name}:{node.lineno}: {names}"
+
+
+def test_no_file_imports_anothers_private_name():
+    """`from . import _file` is a file, and no name of one."""
+    wrong = []
+    for path in sorted((SRC / "loralloy").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level and node.module:
+                private = [a.name for a in node.names if a.name.startswith("_") and not a.name.startswith("__")]
+                wrong += [f"{path.relative_to(SRC)}:{node.lineno}: {name}" for name in private]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_pickle_anywhere():

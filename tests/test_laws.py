@@ -62,7 +62,7 @@ def test_a_task_more_and_less_changes_nothing(world, store, tmp_path):
     """An index that once held another task routes as if it never had."""
     tasks = load_tasks(world.tasks)
     want = routes(tasks[:2], tmp_path / "a", store)
-    with Index.build(tmp_path / "b", tasks, HashEmbedder(128), store) as index:
+    with Index.build(tmp_path / "b", tasks, HashEmbedder(128), store, template="hinted") as index:
         index.remove(tasks[2].name)
     got = routes(tasks[:2], tmp_path / "b", store)
     for a, b in zip(want, got, strict=True):

@@ -150,6 +150,26 @@ def test_a_dtype_without_a_name(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_large_file_is_put_on_disk_while_it_is_written(moves, tmp_path, monkeypatch):
+    """By another thread; what that finds wrong is not lost."""
+    tensors = {f"t{i}": torch.full((8,), float(i)) for i in range(20)}
+    monkeypatch.setattr(loralloy.tensor_file, "_SYNC", 64)
+    synced: list[int] = []
+    monkeypatch.setattr(loralloy.tensor_file.os, "fsync", synced.append)
+    write(tmp_path / "a", tensors, {"k": "v" * 100}, 0 if moves else None)
+    assert synced and same(tmp_path / "a", tensors)
+
+    def broken(_: int) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(loralloy.tensor_file.os, "fsync", broken)
+    for size in (64, 20 * 32):  # at the next sync, and at the end where none comes after
+        monkeypatch.setattr(loralloy.tensor_file, "_SYNC", size)
+        with pytest.raises(OSError, match="the disk is gone"):
+            write(tmp_path / "b", tensors)
+
+
 # -- adapters through it -----------------------------------------------------------------------------------------------
 
 

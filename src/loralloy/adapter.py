@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -19,9 +20,10 @@ from .adapter_config import AdapterConfig
 from .atomic import atomic_folder
 from .base_ref import BaseRef
 from .errors import LoralloyError
-from .factors import Kind, LoraFactors
-from .formats import Layout, front_matter, layout
-from .tensor_file import DTYPES
+from .factors import LoraFactors
+from .formats import front_matter, layout
+from .stored import StoredFactors, StoredTensors, check_finite
+from .tensor_file import identity
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -55,8 +57,9 @@ class Adapter(Mapping[str, LoraFactors]):
         if not factors and not extra:
             raise LoralloyError(f"adapter {name!r}: it has no LoRA module; the file is empty, fetch or save it again")
         self.name, self.config, self.base, self.path, self.licence = name, config, base, path, licence
-        self._factors, self._extra = factors, dict(extra or {}) if not isinstance(extra, _LazyTensors) else extra
+        self._factors, self._extra = factors, dict(extra or {}) if not isinstance(extra, StoredTensors) else extra
         self.provenance: dict[str, Any] = dict(provenance or {})
+        self._hash: str | None = None
 
     # -- a mapping -----------------------------------------------------------------------------------------------------
 
@@ -65,6 +68,10 @@ class Adapter(Mapping[str, LoraFactors]):
             return self._factors[module]
         except LoralloyError as error:
             raise error.within(f"adapter {self.name!r}") from None
+
+    def unchecked(self, module: str) -> LoraFactors:
+        """One module without a look for NaN and infinity: for those who look at all that they make of it."""
+        return self._factors.read(module) if isinstance(self._factors, StoredFactors) else self[module]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._factors)
@@ -91,12 +98,12 @@ class Adapter(Mapping[str, LoraFactors]):
     def extra_tensor(self, name: str) -> Tensor:
         """A fully saved tensor, by its name in the base model. Raises LoralloyError if it holds NaN or infinity."""
         tensor = self._extra[name]
-        _check_finite(tensor, f"adapter {self.name!r}: tensor {name!r}")
+        check_finite(tensor, f"adapter {self.name!r}: tensor {name!r}")
         return tensor
 
     def outline(self, module: str) -> LoraFactors:
         """Shapes, dtypes, scaling and kind of one module on the meta device: nothing is read where the adapter is on disk."""
-        if isinstance(self._factors, _LazyFactors):
+        if isinstance(self._factors, StoredFactors):
             return self._factors.outline(module)
         return self._factors[module].to(device="meta")
 
@@ -117,22 +124,38 @@ class Adapter(Mapping[str, LoraFactors]):
         """The dtype it is stored in (of its first module)."""
         return self[next(iter(self))].A.dtype if len(self) else next(iter(self._extra.values())).dtype
 
-    @cached_property
+    @property
     def content_hash(self) -> str:
-        """sha256 over module names, scalings and factor bytes: equal exactly when the adapters compute the same thing."""
+        """sha256 over module names, scalings and factor bytes: equal exactly when the adapters compute the same thing.
+
+        Computed once; of the bytes as they are, whether they are finite or not.
+        """
+        # not a cached_property: before Python 3.12 its lock is held for all adapters, and two could not be hashed at once
+        if self._hash is None:
+            self._hash = self._digest()
+        return self._hash
+
+    def _digest(self) -> str:
         digest = hashlib.sha256()
-        for module in sorted(self):
-            f = self[module]
-            # 12 digits: folding rsLoRA into alpha = scaling * r, on saving, may cost the last bit
-            digest.update(
-                f"{module}|{f.kind}|{f.scaling:.12g}|{f.A.dtype}|{list(f.A.shape)}|{list(f.B.shape)}".encode()
-            )
-            for tensor in (f.A, f.B):
+        with contextlib.ExitStack() as stack:
+            lazy = self._factors if isinstance(self._factors, StoredFactors) else None
+            stored = lazy.opened(stack) if lazy else None
+            for module in sorted(self):
+                f = self.unchecked(module) if stored is None else self.outline(module)
+                # 12 digits: folding rsLoRA into alpha = scaling * r, on saving, may cost the last bit
+                digest.update(
+                    f"{module}|{f.kind}|{f.scaling:.12g}|{f.A.dtype}|{list(f.A.shape)}|{list(f.B.shape)}".encode()
+                )
+                for side, tensor in (("A", f.A), ("B", f.B)):
+                    if lazy is None or stored is None:
+                        digest.update(_bytes(tensor))
+                        continue
+                    for block in stored.blocks(lazy.key(module, side)):
+                        digest.update(block)
+            for name in sorted(self._extra):
+                tensor = self._extra[name]
+                digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
                 digest.update(_bytes(tensor))
-        for name in sorted(self._extra):
-            tensor = self._extra[name]
-            digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
-            digest.update(_bytes(tensor))
         return "sha256:" + digest.hexdigest()
 
     def validate(self) -> Adapter:
@@ -187,81 +210,6 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
 
 
-def _check_finite(tensor: Tensor, what: str) -> None:
-    # both ends carry a NaN, and looking at them makes no mask of the tensor's size
-    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, map(float, tensor.aminmax()))):
-        raise LoralloyError(f"{what} holds NaN or infinity; the adapter's training diverged or the file is damaged")
-
-
-class _LazyTensors(Mapping[str, Tensor]):
-    """name -> tensor of an open safetensors file."""
-
-    def __init__(self, handle: Any, keys: Mapping[str, str]) -> None:
-        self._handle, self._keys = handle, keys
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._handle.get_tensor(self._keys[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
-class _LazyFactors(Mapping[str, LoraFactors]):
-    """module -> factors, read from an open safetensors file and checked at each access."""
-
-    def __init__(self, handle: Any, where: Layout, config: AdapterConfig | None, alphas: Mapping[str, float]) -> None:
-        self._handle, self._layout, self._config, self._alphas = handle, where, config, alphas
-        self._finite: set[str] = set()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layout.modules)
-
-    def __len__(self) -> int:
-        return len(self._layout.modules)
-
-    def __contains__(self, module: object) -> bool:
-        return module in self._layout.modules
-
-    def shape(self, module: str, side: str) -> list[int]:
-        return list(self._handle.get_slice(self._layout.modules[module][side]).get_shape())
-
-    def kind(self, module: str) -> Kind:
-        return self._layout.kinds.get(module, "conv" if len(self.shape(module, "A")) > 2 else "linear")
-
-    def scaling(self, module: str) -> float:
-        rank = self.shape(module, "A")[0]
-        if self._config is None:
-            return self._alphas.get(module, float(rank)) / rank
-        if module in self._alphas:
-            return self._alphas[module] / rank
-        return self._config.scaling(module, rank)
-
-    def outline(self, module: str) -> LoraFactors:
-        """Shapes and scaling, checked, from the header alone."""
-        a, b = (self._empty(self._layout.modules[module][side]) for side in "AB")
-        try:
-            return LoraFactors(a, b, self.scaling(module), self.kind(module))
-        except LoralloyError as error:
-            raise error.within(f"module {module!r}") from None
-
-    def _empty(self, key: str) -> Tensor:
-        stored = self._handle.get_slice(key)
-        dtype = DTYPES.get(stored.get_dtype()) or self._handle.get_tensor(key).dtype
-        return torch.empty(stored.get_shape(), dtype=dtype, device="meta")
-
-    def __getitem__(self, module: str) -> LoraFactors:
-        keys = self._layout.modules[module]
-        a, b = self._handle.get_tensor(keys["A"]), self._handle.get_tensor(keys["B"])
-        if module not in self._finite:
-            _check_finite(a, f"tensor {keys['A']!r}")
-            _check_finite(b, f"tensor {keys['B']!r}")
-            self._finite.add(module)
-        return LoraFactors(a, b, self.scaling(module), self.kind(module))
-
-
 def _load(folder: Path, name: str) -> Adapter:
     from safetensors import SafetensorError, safe_open
 
@@ -279,6 +227,7 @@ def _load(folder: Path, name: str) -> Adapter:
     if config is None and file.name == WEIGHTS_FILE:
         raise LoralloyError(f"{folder} holds no {CONFIG_FILE}, without which alpha and the base model are not known")
     try:
+        number = identity(file)  # before it is mapped: a mapped file keeps its number, so no other can have it later
         handle = safe_open(str(file), framework="pt")
         keys, header = list(handle.keys()), handle.metadata() or {}
     except (SafetensorError, OSError) as error:
@@ -288,7 +237,7 @@ def _load(folder: Path, name: str) -> Adapter:
         stray = next(iter(where.extra.values()))
         raise LoralloyError(f"tensor {stray!r} is not a LoRA factor (LoKr, LoHa?); only plain LoRA can be read")
     alphas = {module: float(handle.get_tensor(key)) for module, key in where.alphas.items()}
-    factors = _LazyFactors(handle, where, config, alphas)
+    factors = StoredFactors(handle, where, config, alphas, file, number)
     for module in factors:
         factors.outline(module)
     recorded = _header(header, file)
@@ -305,7 +254,7 @@ def _load(folder: Path, name: str) -> Adapter:
     licence = (
         front_matter(card.read_text(encoding="utf-8", errors="replace")).get("license") if card.is_file() else None
     )
-    extra = _LazyTensors(handle, where.extra)
+    extra = StoredTensors(handle, where.extra)
     return Adapter(name, factors, config, base, extra, recorded, str(licence) if licence else None, folder)
 
 
@@ -322,7 +271,7 @@ def _header(header: Mapping[str, str], file: Path) -> dict[str, Any]:
     return data
 
 
-def _diffusers_config(metadata: Mapping[str, Any], factors: _LazyFactors) -> AdapterConfig:
+def _diffusers_config(metadata: Mapping[str, Any], factors: StoredFactors) -> AdapterConfig:
     """A configuration for a file without one: alpha from the file's own records, else alpha = r (diffusers' default)."""
     ranks = {factors.outline(m).rank for m in factors}
     alphas = {float(v) for k, v in metadata.items() if k.endswith("lora_alpha") and isinstance(v, int | float)}

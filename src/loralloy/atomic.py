@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from .errors import LoralloyError
@@ -97,6 +97,34 @@ def check_free(target: Path, overwrite: bool) -> None:
     recover(target)
     if target.exists() and not overwrite:
         raise LoralloyError(f"{target} exists already; choose another output or pass --overwrite")
+
+
+def check_replaceable(target: Path, overwrite: bool, ours: Collection[str], marks: Collection[str]) -> None:
+    """:func:`check_free`, and with `overwrite` raise for a file in the place of the folder `target`, and for a folder whose
+    replacement would lose something: one that is not empty and has none of `marks` (then it is no earlier output), or
+    holds files other than `ours` (names relative to it)."""
+    check_free(target, overwrite)
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise LoralloyError(
+            f"{target} is a file, so --overwrite does not replace it by a folder; give another -o, or remove the file yourself"
+        )
+    if not any(target.iterdir()):
+        return
+    if not any((target / mark).is_file() for mark in marks):
+        raise LoralloyError(
+            f"{target} is not empty and no earlier output (it has no {' or '.join(marks)}), so --overwrite does not replace it; "
+            "give another -o, or remove the folder yourself"
+        )
+    inside = sorted(path for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
+    others = [name for path in inside if (name := path.relative_to(target).as_posix()) not in ours]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise LoralloyError(
+            f"{target} also holds {', '.join(others[:3])}{more}, which --overwrite would lose; move that elsewhere, give another "
+            "-o, or remove the folder yourself"
+        )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from .adapter import CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, Adapter
 from .base_ref import BaseRef, compare
 from .errors import LoralloyError
 from .factors import LoraFactors
@@ -42,17 +42,8 @@ class Bank(Mapping[str, Adapter]):
     @staticmethod
     def load(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], assume_same_base: bool = False) -> Bank:
         """Every adapter in a folder, or a list of adapter folders and hub ids (``org/name@rev``)."""
-        if isinstance(source, str | os.PathLike):
-            folder = Path(source)
-            if _is_adapter(folder) or not folder.is_dir():
-                return Bank([Adapter.load(source)], assume_same_base)
-            found = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and _is_adapter(p))
-            if not found:
-                raise LoralloyError(
-                    f"{folder} holds no adapter; expected subfolders with {CONFIG_FILE} and {WEIGHTS_FILE}"
-                )
-            return Bank([Adapter.load(p) for p in found], assume_same_base)
-        return Bank([Adapter.load(ref) for ref in source], assume_same_base)
+        refs = adapters_in(source) if isinstance(source, str | os.PathLike) else source
+        return Bank([Adapter.load(ref) for ref in refs], assume_same_base)
 
     # -- a mapping -----------------------------------------------------------------------------------------------------
 
@@ -149,8 +140,26 @@ class Bank(Mapping[str, Adapter]):
                     )
 
 
+def adapters_in(ref: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
+    """What a reference stands for: a folder that is no adapter itself, for the adapter folders in it, by name; anything else
+    (an adapter folder, a hub id) for itself.
+
+    A folder with any file of an adapter's counts, so that a damaged one is found and named. Raises LoralloyError for a
+    folder without an adapter.
+    """
+    folder = Path(ref)
+    if not folder.is_dir() or _is_adapter(folder):
+        return [ref]
+    found = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and _is_adapter(p))
+    if not found:
+        raise LoralloyError(
+            f"{folder} is not an adapter folder and holds none; expected {CONFIG_FILE} and {WEIGHTS_FILE}, in it or in its "
+            "subfolders"
+        )
+    return [*found]
+
+
 def _is_adapter(folder: Path) -> bool:
     return folder.is_dir() and any(
-        (folder / f).is_file()
-        for f in (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", "pytorch_lora_weights.safetensors")
+        (folder / f).is_file() for f in (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", DIFFUSERS_FILE)
     )

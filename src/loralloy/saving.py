@@ -30,7 +30,9 @@ def cast(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
         return tensor
     result = tensor.to(dtype)
     if not bool(torch.isfinite(result).all()):
-        raise LoralloyError(f"{what} overflows {dtype_name(dtype)}; store it as bf16 or fp32 (--dtype)")
+        if dtype == torch.float16 and bool(torch.isfinite(tensor.float()).all()):
+            raise LoralloyError(f"{what} overflows fp16; store it as bf16 or fp32 (--dtype)")
+        raise LoralloyError(f"{what} overflows {dtype_name(dtype)}; its values are too large, for fp32 too")
     return result
 
 

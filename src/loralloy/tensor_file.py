@@ -2,14 +2,15 @@
 
 The format (huggingface/safetensors, README, "Format"): the length of the header in 8 bytes, the header in JSON, the data.
 Offsets in the header count from the end of the header, so data is written before the header is, and a header that grows
-moves the data without changing an offset.
+moves the data without changing an offset. :class:`TensorBytes` reads the data as bytes, for hashing.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -29,9 +30,10 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of) for of, name in _PAIR
 _CODES = {dtype: name for name, dtype in DTYPES.items()}
 _WIDTHS = {dtype: position for position, dtype in enumerate(DTYPES.values())}
 
-_BLOCK = (
-    1 << 18
-)  # bytes written at once, and moved at once when a header outgrows its room; several times faster than 16 MiB
+# Bytes read, written or moved at once: what a core's cache holds; several times faster than 16 MiB.
+_BLOCK = 1 << 18
+_READ = 1 << 22  # bytes read at once to be hashed, most tensors whole: threads that take turns often, wait often
+_SYNC = 32 << 20  # bytes written before the system is asked to put them on disk, while more are made
 Spec = tuple[torch.dtype, Sequence[int]]
 
 
@@ -73,12 +75,15 @@ class TensorFile:
         self._start = 8 + _aligned(len(_json(self._entries)) + max(0, reserve))
         self._file = open(self.path, "w+b", buffering=0)  # noqa: SIM115 - closed by finish and by the context
         self._file.truncate(self._start + self._size)
+        self._unsynced, self._syncing = 0, ThreadPoolExecutor(1)  # which starts a thread only for a large file
+        self._synced: Future[None] | None = None
 
     def __enter__(self) -> TensorFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         left_open = not self._file.closed
+        self._syncing.shutdown()
         self._file.close()
         if kind is None and left_open:
             raise LoralloyError(f"{self.path.name} was not finished: call finish() once every tensor is written")
@@ -99,6 +104,15 @@ class TensorFile:
         offset = self._entries[name]["data_offsets"][0]  # type: ignore[index]
         self._put(memoryview(plain.view(torch.uint8).numpy()), self._start + offset)  # type: ignore[arg-type]
         self._missing.remove(name)
+        self._unsynced += plain.nbytes
+        if self._unsynced >= _SYNC and (self._synced is None or self._synced.done()):
+            self._sync()
+
+    def _sync(self) -> None:
+        """Have what is written so far put on disk by another thread, so that the sync at the end has little left to do."""
+        if self._synced is not None:
+            self._synced.result()  # an error of the disk is told once: here
+        self._unsynced, self._synced = 0, self._syncing.submit(os.fsync, self._file.fileno())
 
     def finish(self, metadata: Mapping[str, str] | None = None) -> None:
         """Write the header, with `metadata` sorted by key, and close the file."""
@@ -113,7 +127,10 @@ class TensorFile:
             self._move(8 + _aligned(len(header)))
         room = self._start - 8
         self._put(memoryview(room.to_bytes(8, "little") + header.ljust(room)), 0)
+        self._syncing.shutdown()
         self._file.close()
+        if self._synced is not None:
+            self._synced.result()
 
     def _put(self, data: memoryview, at: int) -> None:
         """Write all of `data`: one call may take less (a signal, the system's limit of 2 GB)."""
@@ -139,6 +156,58 @@ class TensorFile:
             self._put(memoryview(block), start + begin)
             end = begin
         self._start = start
+
+
+class TensorBytes:
+    """The stored bytes of a safetensors file's tensors, in blocks of one buffer: each page is read, none is mapped.
+
+    A context manager.
+
+    Args:
+        path: the file.
+        expected: its (device, number), see :func:`identity`.
+
+    Raises OSError if it cannot be opened or another file has its path now, LoralloyError if its header cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], expected: tuple[int, int]) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the context
+        try:
+            if identity(self._file.fileno()) != expected:
+                raise FileNotFoundError(f"{path} is another file now")
+            size = int.from_bytes(self._file.read(8), "little")
+            entries: dict[str, dict[str, list[int]]] = json.loads(self._file.read(size))
+        except BaseException as error:
+            self._file.close()
+            if isinstance(error, ValueError):
+                raise LoralloyError(f"{path} has no header; the file is torn or damaged, fetch it again") from None
+            raise
+        self._start, self._buffer = 8 + size, bytearray(_READ)
+        self._offsets = {name: e["data_offsets"] for name, e in entries.items() if name != "__metadata__"}
+
+    def __enter__(self) -> TensorBytes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def blocks(self, name: str) -> Iterator[memoryview]:
+        """One tensor's bytes; a block is overwritten by the next. Raises LoralloyError if the file ends before them."""
+        start, end = self._offsets[name]
+        self._file.seek(self._start + start)
+        view, left = memoryview(self._buffer), end - start
+        while left:
+            got = self._file.readinto(view[: min(left, len(view))])
+            if not got:
+                raise LoralloyError(f"{self._file.name} ends inside tensor {name!r}; the file is torn, fetch it again")
+            left -= got
+            yield view[:got]
+
+
+def identity(file: int | str | os.PathLike[str]) -> tuple[int, int]:
+    """(device, number) of a file or of an open one."""
+    found = os.stat(file)
+    return found.st_dev, found.st_ino
 
 
 def _json(header: Mapping[str, object]) -> bytes:

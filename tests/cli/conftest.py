@@ -58,3 +58,9 @@ def hashed(monkeypatch):
     logging.disable_progress_bar()  # main() asks for it by a variable that is read at import, which is long past here
     for module in (loralloy.retrieval, loralloy.retrieval.index):
         monkeypatch.setattr(module, "Embedder", lambda model=None: HashEmbedder(128))
+
+
+@pytest.fixture
+def parents(world):
+    """Three adapters, of ranks 2, 3 and 4."""
+    return [world.bank / name for name in ("spam", "weather", "cooking")]

@@ -63,6 +63,21 @@ def test_weight_json_and_overwrite(cli, model, tmp_path):
     assert close(after[f"{module}.weight"] - before[f"{module}.weight"], -0.5 * thing[module].dense(torch.float32))
 
 
+def test_an_earlier_export_is_replaced_and_nothing_else(cli, model, tmp_path):
+    run = ["export", tmp_path / "a", "--into", tmp_path / "base", "-o", tmp_path / "out", "--overwrite"]
+    assert cli(*run).code == 0 and cli(*run, "--weight", "2").code == 0
+    (tmp_path / "out" / "notes").mkdir()
+    (tmp_path / "out" / "notes" / "mine.txt").write_text("keep")
+    cli(*run).refused("also holds notes/mine.txt, which --overwrite would lose")
+    assert (tmp_path / "out" / "notes" / "mine.txt").read_text() == "keep"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    (tmp_path / "file").write_text("keep")
+    for target, says in (("other", "no earlier output"), ("file", "is a file")):
+        cli(*run[:4], "-o", tmp_path / target, "--overwrite").refused(says)
+    assert (tmp_path / "other" / "config.json").read_text() == "{}" and (tmp_path / "file").read_text() == "keep"
+
+
 def test_another_base_is_refused(cli, model, tmp_path):
     thing = Adapter.load(tmp_path / "a")
     recorded = {"base": {"name": "x", "revision": None, "fingerprint": base_fingerprint(tiny_llama(5))}}
@@ -94,6 +109,18 @@ def test_gguf(cli, model, tmp_path):
     assert json.loads(told.out)["tensors"]["model.layers.0.self_attn.q_proj"] == "blk.0.attn_q.weight"
 
 
+def test_gguf_says_what_it_leaves_out(cli, model, tmp_path):
+    pytest.importorskip("gguf")
+    thing = Adapter.load(tmp_path / "a")
+    copy = {"model.embed_tokens.base_layer.weight": torch.zeros(64, 32)}
+    Adapter("b", dict(thing), thing.config, thing.base, copy).save(tmp_path / "b")
+    run = ["export", tmp_path / "b", "--gguf", "--base", tmp_path / "base", "-o"]
+    ran = cli(*run, tmp_path / "b.gguf")
+    assert ran.code == 0 and "note: left out: model.embed_tokens.base_layer.weight" in ran.out
+    notes = json.loads(cli(*run, tmp_path / "c.gguf", "--json").out)["notes"]
+    assert len(notes) == 1 and "left out: model.embed_tokens.base_layer.weight" in notes[0]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -105,6 +132,7 @@ def test_gguf(cli, model, tmp_path):
         (["--into", "org/name"], "names no revision"),
         (["--into", "BASE", "--weight", "nan"], "weight nan is not a number to scale by"),
         (["--gguf", "--dtype", "q4_0", "--base", "BASE"], "--dtype 'q4_0'"),
+        (["--gguf", "--base", "BASE", "--assume-same-base"], "--assume-same-base goes with --into"),
     ],
 )
 def test_flags_that_are_refused(flags, says, cli, model, tmp_path):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from helpers import delta, peft_folder, tiny_llama
 from loralloy.adapter import Adapter
+from loralloy.bank import Bank
 from loralloy.base_ref import BaseRef
 
 
@@ -117,6 +120,35 @@ def test_a_folder_stands_for_its_adapters(cli, world):
     assert again == said
     printed = cli("inspect", world.bank).out
     assert all(re.search(rf"^\d +{a['name']} ", printed, re.M) for a in said["adapters"])
+
+
+def test_every_command_means_the_same_by_a_folder_of_adapters(cli, world, tmp_path):
+    """Also of a file in diffusers' form, and of a folder that only has a part of an adapter: it is named, not passed over."""
+    for name in TWO:
+        shutil.copytree(world.bank / name, tmp_path / "bank" / name)
+    diffusers = tmp_path / "bank" / "unet"
+    diffusers.mkdir()
+    tensors = {f"unet.to_q.lora_{s}.weight": torch.ones(n) for s, n in (("A", (2, 4)), ("B", (4, 2)))}
+    save_file(tensors, diffusers / "pytorch_lora_weights.safetensors")
+    said = json.loads(cli("inspect", tmp_path / "bank", "--assume-same-base", "--json").out)
+    assert [a["name"] for a in said["adapters"]] == Bank.load(tmp_path / "bank", assume_same_base=True).names
+    (diffusers / "pytorch_lora_weights.safetensors").rename(diffusers / "adapter_model.safetensors")
+    cli("inspect", tmp_path / "bank").refused("adapter 'unet'", "holds no adapter_config.json")
+
+
+def test_an_adapter_that_only_saves_tensors(cli, world, tmp_path):
+    made = Adapter.load(world.bank / "weather")
+    saved = {"score.weight": torch.ones(2, 3)}
+    Adapter("head", {}, made.config, made.base, saved).save(tmp_path / "head")
+    for flags in ([], ["--modules"]):
+        ran = cli("inspect", tmp_path / "head", *flags)
+        assert ran.code == 0 and ran.err == ""
+        assert "no LoRA module, fp32" in ran.out and "it only saves tensors whole: score.weight" in ran.out
+        assert "norm of dW" not in ran.out
+    said = json.loads(cli("inspect", tmp_path / "head", "--json").out)
+    assert said["modules"] == said["layers"] == [] and said["extra"] == ["score.weight"]
+    ran = cli("inspect", *folders(world), tmp_path / "head")
+    assert ran.code == 0 and "Ranks differ (weather 3, spam 2, head none)" in ran.out
 
 
 def test_plot(cli, world, tmp_path):

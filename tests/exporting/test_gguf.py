@@ -195,10 +195,12 @@ def test_other_refusals(tmp_path):
         export_gguf(thing, out)
     with pytest.raises(LoralloyError, match=r"names no base model; pass its folder as --base"):
         export_gguf(adapter({Q: factors(32, 32)}, base=BaseRef()), out)
-    with pytest.raises(LoralloyError, match=r"overflows fp16"):
-        export_gguf(
-            adapter({Q: LoraFactors(factors(32, 32).A * 1e6, factors(32, 32).B)}), out, base=folder, dtype="f16"
-        )
+    large, larger = (adapter({Q: LoraFactors(factors(32, 32).A.double() * x, factors(32, 32).B)}) for x in (1e6, 1e40))
+    with pytest.raises(LoralloyError, match=r"A of module '.*q_proj' overflows fp16; write it as f32 \(--dtype f32\)"):
+        export_gguf(large, out, base=folder, dtype="f16")
+    for dtype in ("f16", "f32"):
+        with pytest.raises(LoralloyError, match=r"A of module '.*q_proj' overflows fp32; give a smaller --weight"):
+            export_gguf(larger, out, base=folder, dtype=dtype)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
     with pytest.raises(LoralloyError, match=r"base is a folder"):
         export_gguf(thing, folder, base=folder, overwrite=True)
@@ -208,6 +210,20 @@ def test_other_refusals(tmp_path):
         export_gguf(thing, out, base=folder)
     export_gguf(thing, out, base=folder, overwrite=True)
     assert out.read_bytes() == first and sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "base"]
+
+
+def test_copies_of_the_base_are_left_out_and_it_is_said(tmp_path):
+    """PEFT's copy of an embedding under an adapter; with another vocabulary it is no copy."""
+    folder, name = base(tmp_path / "base", vocab_size=64), "model.embed_tokens.base_layer.weight"
+    thing = Adapter.load(peft_folder(tiny_llama(), tmp_path / "a", 1, target_modules=["q_proj", "embed_tokens"]))
+    assert name in thing.extra
+    done = export_gguf(thing, tmp_path / "a.gguf", base=folder)
+    assert len(done.notes) == 1 and name in done.notes[0] and "left out" in done.notes[0]
+    more = Adapter("a", dict(thing), thing.config, thing.base, {name: torch.zeros(66, 32)})
+    with pytest.raises(LoralloyError, match=r"with 66 rows, but the base's vocabulary has 64; .*--into"):
+        export_gguf(more, tmp_path / "b.gguf", base=folder)
+    plain = Adapter("a", dict(thing), thing.config, thing.base)
+    assert export_gguf(plain, tmp_path / "c.gguf", base=folder).notes == []
 
 
 def test_bf16_factors_are_widened(tmp_path):

@@ -21,13 +21,21 @@ from torch import Tensor
 from helpers import as_weight, peft_deltas, relative
 from loralloy.adapter import Adapter
 from loralloy.bank import Bank
-from loralloy.merging import Rule, merge, spaces
+from loralloy.merging import DareLinear, DareTies, MagnitudePrune, Rule, Ties, merge, spaces
 from loralloy.merging.batches import keys_of as _keys
 from loralloy.merging.entries import random_mask
 from loralloy.merging.stack import Stack
 from loralloy.weights import Weights
 
 NEAR = 1e-5
+ENTRYWISE = [
+    Ties,
+    Ties(majority="frequency"),
+    MagnitudePrune,
+    DareLinear(seed=3),
+    DareTies(seed=4),
+    DareTies(majority="frequency"),
+]
 
 
 def loaded(base: Any, folders: list[Path]) -> Any:
@@ -102,9 +110,9 @@ def masks(model: Any, parents: Sequence[Adapter], rule: Rule, dense: bool) -> It
                 f = parents[i][module]
                 one = torch.ones(1, 1)
                 stack = Stack((f.a[None],), (f.b[None],), one, one, torch.tensor([[key(i, module)]]))
-                pieces = {p.name: p for p in spaces.view(stack, "delta" if dense else "factors").pieces}
-                seeds = pieces[side].keys[0]
-                drawn = random_mask(seeds, 0, pieces[side].size, rule.values["density"], rule.values["seed"])
+                pieces = spaces.view(stack, "delta" if dense else "factors").pieces
+                piece = pieces[1 if side == "B" else 0]
+                drawn = random_mask(piece.keys[0], 0, piece.size, rule.values["density"], rule.values["seed"])
                 shape = f.shape if dense else getattr(f, side).shape
                 turned = dense and (f.kind == "embedding" or getattr(layer, "fan_in_fan_out", False))
                 yield drawn.reshape(shape).T if turned else drawn.reshape(shape)

@@ -186,7 +186,7 @@ def weights_table(weights: Weights, bank: Bank) -> Any:
         for mean in row:
             block = " " if mean is None else _BLOCKS[max(1, round(8 * abs(mean) / top))] if mean else "·"
             bars.append(block, style="red" if mean is not None and mean < 0 else "cyan")
-        every = list(values[name].values())
+        every = list(values[name].values()) or [0.0]  # an adapter without modules only saves tensors
         mean_of_all = sum(every) / len(every)
         table.add_row(Text(name, style="bold"), f"{mean_of_all:.3f}", f"{min(every):.3f} to {max(every):.3f}", bars)
     if layers:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from ..errors import LoralloyError
-from .common import Json, SameBase
+from .common import Json
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -32,7 +32,10 @@ def export(
     ] = None,
     weight: Annotated[float, typer.Option(help="Scales dW.")] = 1.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    assume_same_base: SameBase = False,
+    assume_same_base: Annotated[
+        bool,
+        typer.Option("--assume-same-base", help="With --into: skip the check that BASE is what the adapter is of."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Export an adapter for programs that do not read PEFT's format.
@@ -51,6 +54,10 @@ def export(
     if not gguf and (base or dtype):
         raise LoralloyError(
             f"{'--base' if base else '--dtype'} goes with --gguf; with --into the base is BASE and its dtype is kept"
+        )
+    if gguf and assume_same_base:
+        raise LoralloyError(
+            "--assume-same-base goes with --into; --gguf reads the base's config.json alone, where there is no base to check"
         )
     check_free(out.absolute(), overwrite)
     loaded = Adapter.load(adapter)
@@ -131,10 +138,12 @@ def _gguf(
         "dtype": dtype,
         "lost_to_rounding": done.lost,
         "tensors": dict(done.tensors),
+        "notes": done.notes,
     }
     lines = [f"{len(done.tensors)} modules for llama.cpp's {done.architecture}, alpha {done.alpha:g}, {dtype}"]
     if done.lost:
         lines.append(f"lost to rounding: {done.lost:.2e} of dW")
     if done.folded:
         lines.append(f"scalings differ by module: the rest is in lora_b of {len(done.folded)} of them")
+    lines += [f"note: {note}" for note in done.notes]
     return data, lines

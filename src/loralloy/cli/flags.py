@@ -66,7 +66,8 @@ def from_flags(
 
 def _parts(recipe: Recipe | None, flags: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """The rule and the plug-ins that flags name or whose parameters they give; else the recipe's stay as they are."""
-    from ..merging import get_plugin, get_rule
+    from ..merging import get_rule
+    from ..merging.plan import check_plugin
 
     entries: dict[str, dict[str, Any]] = {}
     for field in ("rule", "before", "after"):
@@ -78,11 +79,10 @@ def _parts(recipe: Recipe | None, flags: Mapping[str, Any], texts: Mapping[str, 
             entries[field] = {"name": name or "linear"}
     chosen: dict[str, Any] = {}
     for field, entry in entries.items():
-        part = (get_rule if field == "rule" else get_plugin)(entry["name"])
+        name = entry["name"]
+        part = get_rule(name) if field == "rule" else check_plugin(name, "before" if field == "before" else "after")
+        assert part is not None
         chosen[field] = part(**{k: v for k, v in entry.items() if k != "name"})
-        if field != "rule" and chosen[field].when != field:
-            when = chosen[field].when
-            raise LoralloyError(f"plug-in {entry['name']!r} goes {when} the rule; pass it as --{when}")
     given = parameters.assign(texts, chosen)
     return {field: entry | given[field] for field, entry in entries.items() if field in flags or given[field]}
 

@@ -39,7 +39,9 @@ def inspect(
         raise LoralloyError(f"--by {by!r} is not known; choose layer or projection, or pass --modules for every module")
     if by != "layer" and modules:
         raise LoralloyError(f"--by {by} and --modules are two ways to cut the rows; pass one of them")
-    given = _expand(adapters)
+    from ..bank import adapters_in
+
+    given = [str(found) for ref in adapters for found in adapters_in(ref)]
     if len(given) > 1:
         _overlap(given, "module" if modules else by, plot, overwrite, assume_same_base, json)
         return
@@ -47,19 +49,6 @@ def inspect(
         if used:
             raise LoralloyError(f"{flag} compares adapters, and only {given[0]} was given; name two or more")
     _one(given[0], modules, json)
-
-
-def _expand(refs: list[str]) -> list[str]:
-    """A folder of adapters stands for each of them, by name."""
-    from ..adapter import CONFIG_FILE, WEIGHTS_FILE
-
-    found: list[str] = []
-    for ref in refs:
-        folder = Path(ref)
-        inside = sorted(p.parent for p in folder.glob(f"*/{CONFIG_FILE}") if not p.parent.name.startswith("."))
-        itself = any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE))
-        found += [str(p) for p in inside] if inside and not itself else [ref]
-    return found
 
 
 def _one(adapter: str, modules: bool, json: bool) -> None:
@@ -75,15 +64,17 @@ def _one(adapter: str, modules: bool, json: bool) -> None:
         stdout.print_json(data=data)
         return
     stdout.print(Text.assemble((loaded.name, "bold"), f", a LoRA adapter of {loaded.base}"), soft_wrap=True)
-    stdout.print(
-        f"{len(loaded)} modules, rank {_span([m['rank'] for m in data['modules']])}, "
-        f"scaling {_span([m['scaling'] for m in data['modules']])}, {data['dtype']}, licence {data['licence'] or 'not stated'}",
-        markup=False,
-        soft_wrap=True,
+    ranks, scalings = ([m[key] for m in data["modules"]] for key in ("rank", "scaling"))
+    factors = (
+        f"{len(loaded)} modules, rank {_span(ranks)}, scaling {_span(scalings)}" if len(loaded) else "no LoRA module"
     )
+    stdout.print(f"{factors}, {data['dtype']}, licence {data['licence'] or 'not stated'}", markup=False, soft_wrap=True)
     stdout.print(f"content {data['content_hash']}", soft_wrap=True)
     if loaded.extra:
-        stdout.print(f"also saves whole: {', '.join(loaded.extra)}", markup=False)
+        also = "also saves" if len(loaded) else "it only saves tensors"
+        stdout.print(f"{also} whole: {', '.join(loaded.extra)}", markup=False, soft_wrap=True)
+    if not len(loaded):
+        return
     table = Table(box=None, pad_edge=False)
     if modules:
         for heading in ("module", "rank", "out x in", "norm of dW", ""):

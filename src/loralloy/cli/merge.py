@@ -19,13 +19,17 @@ _WEIGHTS = ("--weights", "-w")
 
 
 class MergeCommand(parameters.ParameterCommand):
-    """`--weights 0.6 -0.4` and `--weights=0.6 -0.4`: an option takes one value, so the numbers are made one before parsing."""
+    """`--weights 0.6 -0.4`, `--weights=0.6 -0.4` and `-w0.6 -0.4`: an option takes one value, so the numbers are made one
+    before parsing."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined: list[str] = []
         for text in args:
             flag, equals, value = text.partition("=")
-            if equals and flag in _WEIGHTS and "--" not in joined:
+            if not (equals and flag in _WEIGHTS):
+                flag, value = text[:2], text[2:]
+                equals = "attached" if flag in _WEIGHTS and numbers(value) else ""
+            if equals and "--" not in joined:
                 joined += [flag, value]
             elif len(joined) > 1 and joined[-2] in _WEIGHTS and numbers(joined[-1]) and numbers(text):
                 joined[-1] += f",{text}"

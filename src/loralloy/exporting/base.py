@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..atomic import atomic_folder, check_free
+from ..atomic import atomic_folder, check_free, check_replaceable
 from ..base_ref import BaseRef, compare
 from ..errors import LoralloyError
 from ..factors import LoraFactors, compute_dtype
@@ -121,6 +121,8 @@ def export_into_base(
         _keep_apart(target, adapter.path, "adapter")
     check_free(target, overwrite)
     planned = plan(adapter, checkpoint)
+    written = {*checkpoint.shards, *(name.as_posix() for name in _rest(checkpoint)), INDEX, "README.md"}
+    check_replaceable(target, overwrite, written, list(checkpoint.shards))
     ref, notes = _check_base(adapter, checkpoint, assume_same_base)
     result = Exported(adapter, weight, ref, target, assume_same_base, notes=[*notes, *planned.notes])
     result.replaced = [name for name, change in planned.changes.items() if change.extra]
@@ -251,9 +253,12 @@ def add(w: Tensor, f: LoraFactors, weight: float, transposed: bool, name: str) -
         exact = block + delta
         stored = exact.to(w.dtype)
         if not bool(torch.isfinite(stored).all()):
+            narrow = bool(torch.isfinite(exact.float()).all())
             raise LoralloyError(
                 f"tensor {name!r}: W + dW is not finite in the base's {dtype_name(w.dtype)}; save the base in bf16 or fp32, or "
                 "give a smaller --weight"
+                if narrow
+                else f"tensor {name!r}: W + dW is not finite, in fp32 either; give a smaller --weight"
             )
         flat_out[here] = stored
         parts.append(exact.sub_(stored))
@@ -265,16 +270,22 @@ def add(w: Tensor, f: LoraFactors, weight: float, transposed: bool, name: str) -
 def _copy_rest(base: Checkpoint, folder: Path) -> list[str]:
     """Copy what is no weight (configuration, tokenizer, code, licence); the names of what was left out."""
     left_out = []
-    for path in _files(base.folder):
-        name = path.relative_to(base.folder)
-        if str(name) in base.shards or str(name) in (INDEX, "README.md"):
-            continue
+    for name in _rest(base):
+        path = base.folder / name
         if path.suffix in _WEIGHTS or name.name.endswith((".safetensors.index.json", ".bin.index.json")):
             left_out.append(str(name))
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
     return left_out
+
+
+def _rest(base: Checkpoint) -> Iterator[Path]:
+    """Every file of the base that is neither a shard nor made anew, by its name in the folder."""
+    for path in _files(base.folder):
+        name = path.relative_to(base.folder)
+        if str(name) not in base.shards and str(name) not in (INDEX, "README.md"):
+            yield name
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -11,7 +11,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from ..adapter import Adapter
 from ..atomic import check_free
 from ..errors import LoralloyError
 from ..factors import LoraFactors, difference, norm
-from ..saving import cast
 from .checkpoint import read_json
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16}
@@ -41,11 +40,14 @@ _ARCHITECTURES = {
     "GPT2LMHeadModel": "gpt2",
 }
 
+_COPY = ".base_layer."  # in the names that PEFT gives to a layer's own tensors where an adapter lies over it
+_VOCABULARY = ("embed_tokens.base_layer.weight", "wte.base_layer.weight", "lm_head.base_layer.weight")
+
 
 @dataclass(frozen=True)
 class ExportedGguf:
     """What was written. `tensors`: module -> llama.cpp's tensor; `folded`: modules whose B holds part of the scaling;
-    `lost`: ||dW_stored - dW|| / ||dW||.
+    `lost`: ||dW_stored - dW|| / ||dW||; `notes`: what to know about it.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class ExportedGguf:
     tensors: Mapping[str, str]
     folded: list[str]
     lost: float
+    notes: list[str] = field(default_factory=list)
 
 
 def export_gguf(
@@ -96,7 +99,7 @@ def export_gguf(
         raise LoralloyError(f"--out {target} is a folder; a GGUF LoRA is one file, name it (adapter.gguf)")
     config = _config(adapter, base)
     architecture = _architecture(config)
-    tensors = _tensors(adapter, config, architecture)
+    tensors, notes = _tensors(adapter, config, architecture), _copies(adapter, config)
     outlines = {module: adapter.outline(module) for module in tensors}
     alpha, ratios = _alpha(outlines, weight)
     kind = gguf.GGMLQuantizationType.F32 if dtype == "f32" else gguf.GGMLQuantizationType.F16
@@ -146,7 +149,8 @@ def export_gguf(
         writer.close()
         temporary.unlink(missing_ok=True)
     folded = [module for module, ratio in ratios.items() if ratio != 1]
-    return ExportedGguf(target, architecture, alpha, dtype, tensors, folded, math.sqrt(lost / total) if total else 0.0)
+    relative = math.sqrt(lost / total) if total else 0.0
+    return ExportedGguf(target, architecture, alpha, dtype, tensors, folded, relative, notes)
 
 
 def _config(adapter: Adapter, base: str | os.PathLike[str] | None) -> dict[str, Any]:
@@ -186,7 +190,7 @@ def _tensors(adapter: Adapter, config: Mapping[str, Any], architecture: str) -> 
     """Module -> llama.cpp's tensor name. Raises LoralloyError for what has none."""
     import gguf
 
-    kept = [n for n in adapter.extra if ".base_layer." not in n]
+    kept = [n for n in adapter.extra if _COPY not in n]
     if kept:
         raise LoralloyError(
             f"adapter {adapter.name!r} saved whole tensors ({kept[0]}), which a GGUF LoRA cannot hold; export into the base "
@@ -223,6 +227,28 @@ def _tensors(adapter: Adapter, config: Mapping[str, Any], architecture: str) -> 
     return result
 
 
+def _copies(adapter: Adapter, config: Mapping[str, Any]) -> list[str]:
+    """What to know about tensors that PEFT saved of layers under adapters: the base's own, unless its vocabulary was resized.
+
+    Raises LoralloyError for a vocabulary that is not the base's.
+    """
+    copies, vocabulary = [n for n in adapter.extra if _COPY in n], config.get("vocab_size")
+    for name in copies:
+        rows = adapter.outline_extra(name).shape[0]
+        if vocabulary and rows != vocabulary and name.endswith(_VOCABULARY):
+            raise LoralloyError(
+                f"adapter {adapter.name!r} saved {name} with {rows} rows, but the base's vocabulary has {vocabulary}; a GGUF "
+                "LoRA cannot hold it. Save the base after model.resize_token_embeddings(...), export into that (--into) and "
+                "convert the result with llama.cpp"
+            )
+    if not copies:
+        return []
+    return [
+        f"left out: {', '.join(copies)}; PEFT saved them as the base's own values, which was not checked. If the adapter's "
+        "training changed them, export into the base (--into)"
+    ]
+
+
 def _alpha(outlines: Mapping[str, LoraFactors], weight: float) -> tuple[float, dict[str, float]]:
     """The file's one alpha (a float32, never 0, which would mean scaling 1), and what each B is multiplied by."""
     alphas = {module: f.scaling * weight * f.rank for module, f in outlines.items()}
@@ -234,7 +260,14 @@ def _alpha(outlines: Mapping[str, LoraFactors], weight: float) -> tuple[float, d
 def _stored(f: LoraFactors, ratio: float, alpha: float, dtype: torch.dtype, module: str) -> LoraFactors:
     """The factors as llama.cpp reads them: scaling alpha / r."""
     b = f.B if ratio == 1 else f.B.double() * ratio
-    sides = [cast(tensor, dtype, f"{side} of module {module!r}").cpu() for side, tensor in (("A", f.A), ("B", b))]
+    sides = [tensor.to(dtype).cpu() for tensor in (f.A, b)]
+    for side, tensor in zip("AB", sides, strict=True):
+        if not bool(torch.isfinite(tensor).all()):
+            narrow = dtype == torch.float16 and bool(torch.isfinite((f.A if side == "A" else b).float()).all())
+            way_out = (
+                "overflows fp16; write it as f32 (--dtype f32)" if narrow else "overflows fp32; give a smaller --weight"
+            )
+            raise LoralloyError(f"{side} of module {module!r} {way_out}")
     return LoraFactors(sides[0], sides[1], alpha / f.rank, f.kind)
 
 

@@ -12,7 +12,6 @@ from ..adapter import Adapter
 from ..adapter_config import AdapterConfig
 from ..bank import Bank
 from ..errors import LoralloyError
-from ..weights import Weights
 from .measure import MergeReport
 from .plan import Plan
 
@@ -46,7 +45,7 @@ def merged_config(parents: Sequence[Adapter], modules: set[str], rank: int, bank
     )
 
 
-def extra_tensors(parents: Sequence[Adapter], weights: Weights) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def extra_tensors(parents: Sequence[Adapter]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Fully saved tensors: carried when every adapter that has one agrees to the bit, refused when two differ."""
     carried: dict[str, tuple[str, Tensor]] = {}
     lacking: list[str] = []

@@ -24,7 +24,7 @@ from .rule import Plugin, Rule, Space
 from .select import GlobalLimits, Limits
 from .stack import LowRank, Stack
 
-_UNKNOWN = ModuleError(*[float("nan")] * 5)
+UNKNOWN = ModuleError(*[float("nan")] * 5)
 Fetch = Callable[[int, str], LoraFactors]
 # Bytes of one batch's working set; constants, so that the same input gives the same bytes whatever memory is free.
 _BUDGET = {"cpu": 48 << 20, "cuda": 12 << 30}
@@ -43,20 +43,20 @@ class Batch:
     stored: LowRank
     errors: list[ModuleError]
     range: Tensor
-    fallbacks: int = 0
 
-    def check(self, names: Sequence[str]) -> None:
-        """Raises LoralloyError naming the first module whose cast overflowed."""
+    def check(self, names: Sequence[str], fits: Callable[[Group, str], bool]) -> None:
+        """Raises LoralloyError naming the first module whose cast overflowed; `fits` says whether it would in float32."""
         if bool(torch.isfinite(self.range).all()):
             return
         for module, a, b in zip(self.modules, self.stored.A, self.stored.B, strict=True):
             for side, tensor in (("A", a), ("B", b)):
                 if not bool(torch.isfinite(tensor).all()):
                     who = ", ".join(names[i] for i in self.group.who)
-                    raise LoralloyError(
-                        f"module {module!r} of {who}: {side} overflows {dtype_name(tensor.dtype)}; store it as bf16 or fp32 "
-                        "(--dtype)"
-                    )
+                    narrow = tensor.dtype == torch.float16 and fits(self.group, module)
+                    what, way_out = dtype_name(tensor.dtype), "store it as bf16 or fp32 (--dtype)"
+                    if not narrow:
+                        what, way_out = "fp32", "its weights or factors are too large"
+                    raise LoralloyError(f"module {module!r} of {who}: {side} overflows {what}; {way_out}")
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,21 @@ def run_batches(
                 raise cause.within(f"{where} of {', '.join(names[i] for i in group.who)}") from None
 
 
+def fits_fp32(settings: Settings, fetch: Fetch, keys: Callable[[int, str], int]) -> Callable[[Group, str], bool]:
+    """For :meth:`Batch.check`: (group, module) -> whether the result is finite in float32, by merging that module again."""
+
+    def fits(group: Group, module: str) -> bool:
+        at = group.modules.index(module)
+        wide = replace(settings, dtype=torch.float32, measure="none")
+        try:  # trimmed by itself, whatever the scope: its magnitudes are the same
+            again = _merge_batch(group, [module], _load(group, slice(at, at + 1), wide, fetch, keys), wide, None)
+        except LoralloyError:
+            return False
+        return bool(torch.isfinite(again.range).all())
+
+    return fits
+
+
 def _blame(
     group: Group,
     part: slice,
@@ -164,11 +179,10 @@ def _blame(
     return None
 
 
-def _prepared(stack: Stack, settings: Settings) -> tuple[Stack, Tensor | None]:
-    """The stack that the rule sees, and the factor that a plug-in asks the result to be multiplied with."""
-    scale = None
+def _prepared(stack: Stack, settings: Settings) -> Stack:
+    """The stack that the rule sees."""
     if settings.before is not None:
-        stack, scale = settings.before.function(stack, **settings.before.values)
+        stack = settings.before.function(stack, **settings.before.values)
     if settings.rule.values.get("prune") == "merged":
         if settings.space == "factors":
             seen = spaces.view(stack, "factors")
@@ -178,7 +192,7 @@ def _prepared(stack: Stack, settings: Settings) -> tuple[Stack, Tensor | None]:
             a, b = total.A, total.B
         ones = torch.ones_like(stack.weights[:1])
         stack = Stack((a,), (b,), ones, ones, stack.keys[:1])
-    return stack, scale
+    return stack
 
 
 def _rule_result(
@@ -186,19 +200,16 @@ def _rule_result(
 ) -> LowRank | Tensor:
     """What the rule makes of a stack, before any cut."""
     rule, space = settings.rule, settings.space
-    stack, scale = _prepared(original, settings)
+    stack = _prepared(original, settings)
     result: LowRank | Tensor
     # where nothing follows, the sum is rounded once, straight to the stored dtype
-    raw = rank is None and settings.measure == "none" and scale is None and settings.after is None
+    raw = rank is None and settings.measure == "none" and settings.before is None and settings.after is None
     if space in rule.sums:
         result = stack.weighted_sum(settings.dtype if raw else None)
     elif rule.acts_on == "stack":
         result = rule.function(stack, **rule.values)
     else:
         result = spaces.apply(rule, stack, space, keepers)
-    if scale is not None:
-        factor = scale.to(stack.dtype)[:, None, None]
-        result = LowRank(result.A, result.B * factor) if isinstance(result, LowRank) else result * factor
     if settings.before is not None and settings.before.finish is not None:
         result = settings.before.finish(result, original, **settings.before.values)
     if settings.after is not None:
@@ -226,13 +237,13 @@ def _merge_batch(
     stored = LowRank(small.A.to(settings.dtype), small.B.to(settings.dtype))
     ends = torch.stack([end for t in (stored.A, stored.B) for end in torch.aminmax(t)])
     if settings.measure == "none":
-        return Batch(group, modules, stored, [_UNKNOWN] * len(modules), ends, done.fallbacks if done else 0)
+        return Batch(group, modules, stored, [UNKNOWN] * len(modules), ends)
     exact, before, after, own = measure(stack, small, stored, settings.measure)
     # a module that was not cut lost nothing of its own norm
     full, lost = (done.total.sqrt(), done.lost.sqrt()) if done and group.cut else (own, torch.zeros_like(own))
     columns = torch.stack([column.cpu().double() for column in (exact, before, after, full, lost)], 1)
     errors = [ModuleError(*row) for row in columns.tolist()]
-    return Batch(group, modules, stored, errors, ends, done.fallbacks if done else 0)
+    return Batch(group, modules, stored, errors, ends)
 
 
 def unstack(batch: Batch, top: int) -> Iterator[tuple[str, LoraFactors]]:
@@ -260,7 +271,7 @@ def _counted(groups: list[Group], settings: Settings, fetch: Fetch, keys: Callab
         for group in groups:
             for part in _chunks(group, settings):
                 limits.begin(group.modules[part])
-                stack, _ = _prepared(_load(group, part, settings, fetch, keys), settings)
+                stack = _prepared(_load(group, part, settings, fetch, keys), settings)
                 for piece in spaces.view(stack, settings.space).pieces:
                     for t in range(stack.adapters):
                         for x in piece.blocks(t)():

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..errors import LoralloyError
 from ..factors import LoraFactors, truncate, widest
+from .cholesky import DEPENDENT, gram_root, orthonormal
 from .stack import LowRank, gram
 
-_DEPENDENT = 1e-5  # smallest Cholesky pivot of the correlation matrix; its square root's error is then below 1e-6
 _BATCH = 8  # eigh on a GPU takes matrices one by one; from here on block powers are faster
 _STAGES, _ROUNDS, _SETTLED, _ABOVE, _ROUNDED = 64, 2, 1e-8, 1e-5, 1e-14
 _STEADY, _FIRST, _SQUARINGS = 4e-3, 2, 7  # a smallest pivot that lets the power grow, and how far
@@ -42,7 +42,7 @@ def cut(f: LowRank, rank: int) -> Cut:
     """The best rank-`rank` approximation of each dW (Eckart-Young)."""
     k = min(rank, f.rank, f.B.shape[1], f.A.shape[2])
     dtype = f.A.dtype
-    r_b, inverse, good = _root(f.B)
+    r_b, inverse, good = gram_root(f.B)
     core = r_b @ gram(f.A.mT) @ r_b.mT
     core = (core + core.mT) / 2
     total = _finite(core.diagonal(dim1=-2, dim2=-1).sum(-1))
@@ -72,7 +72,7 @@ def _finite(total: Tensor) -> Tensor:
 
 def spectrum(f: LowRank) -> Tensor:
     """Squared singular values of each dW, descending, float64 [L, min(R, out, in)]."""
-    r_b, _, good = _root(f.B)
+    r_b, _, good = gram_root(f.B)
     core = r_b @ gram(f.A.mT) @ r_b.mT
     _finite(core.diagonal(dim1=-2, dim2=-1).sum(-1))
     found = torch.linalg.eigvalsh((core + core.mT) / 2).flip(-1).clamp(min=0)
@@ -88,28 +88,6 @@ def _core_norm(f: LowRank, module: int) -> Tensor:
     r_b = torch.linalg.qr(f.B[module].to(wide), mode="r").R
     r_a = torch.linalg.qr(f.A[module].to(wide).T, mode="r").R
     return r_b @ r_a.T
-
-
-def _root(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """R with R^T R = B^T B, upper triangular [L, R, R]; R^-1; and which modules are sound [L].
-
-    The Gram matrix is scaled to ones on its diagonal first; a column of zeros keeps a zero column in R.
-    """
-    g = gram(b)
-    size = g.diagonal(dim1=-2, dim2=-1).sqrt()
-    dead = size == 0
-    unit = torch.where(dead, 1.0, size)
-    g = g / (unit[:, :, None] * unit[:, None])
-    g.diagonal(dim1=-2, dim2=-1).masked_fill_(dead, 1.0)
-    low, info = torch.linalg.cholesky_ex(g)
-    pivots = low.diagonal(dim1=-2, dim2=-1)
-    good = (info == 0) & (pivots.min(-1).values > _DEPENDENT)
-    low = torch.where(good[:, None, None], low, torch.eye(low.shape[-1], dtype=low.dtype, device=low.device))
-    eye = torch.diag_embed(1 / unit)
-    inverse = torch.linalg.solve_triangular(
-        low.mT, torch.eye(low.shape[-1], dtype=low.dtype, device=low.device), upper=True
-    )
-    return low.mT * size[:, None], eye @ inverse, good
 
 
 # -- eigenvectors ------------------------------------------------------------------------------------------------------
@@ -144,8 +122,8 @@ def _block_powers(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     total = matrix.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(matrix.dtype).tiny)
     unit = matrix / total[:, None, None]
     start = torch.randn(n, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(matrix)
-    basis, pivot = _orthonormal(unit @ start)
-    alive = pivot > _DEPENDENT
+    basis, pivot = orthonormal(unit @ start)
+    alive = pivot > DEPENDENT
     powers, at, top = [unit], _FIRST, _SQUARINGS
     for _ in range(_FIRST):
         powers.append(_squared(powers[-1]))
@@ -153,29 +131,29 @@ def _block_powers(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for _ in range(_STAGES // _ROUNDS):
         least = torch.ones_like(total)
         for _ in range(_ROUNDS):
-            moved, pivot = _orthonormal(powers[at] @ basis)
-            sound = pivot > _DEPENDENT
+            moved, pivot = orthonormal(powers[at] @ basis)
+            sound = pivot > DEPENDENT
             basis = torch.where(sound[:, None, None], moved, basis)  # else it stays, and the next power is lower
             least = torch.minimum(least, torch.where(alive, pivot, 1.0))
         now = _held(unit, basis)
         # of what is held and of what is lost (1 is all); and only if it did move
         bound = torch.minimum(_SETTLED * now, _ABOVE * (1 - now)).clamp(min=_ROUNDED)
-        settled = ((now - held).abs() <= bound) & (least > _DEPENDENT)
+        settled = ((now - held).abs() <= bound) & (least > DEPENDENT)
         held = now
         weakest, done = torch.stack(
             [least.min(), (settled | ~alive).all().to(least.dtype)]
         ).tolist()  # one wait for the device
         if done and at == top:  # lower powers move so little that standing still says nothing
             break
-        if weakest <= _DEPENDENT:
+        if weakest <= DEPENDENT:
             if at == 0:
-                alive &= least > _DEPENDENT
+                alive &= least > DEPENDENT
             at = top = max(0, at - 1)
         elif weakest > _STEADY and at < top:
             at += 1
             if at == len(powers):
                 powers.append(_squared(powers[-1]))
-    basis, _ = _orthonormal(basis)
+    basis, _ = orthonormal(basis)
     values = ((unit @ basis) * basis).sum(1)
     order = values.argsort(-1, descending=True)
     values, vectors = values.gather(1, order), basis.gather(2, order[:, None].expand(-1, n, -1))
@@ -194,20 +172,6 @@ def _squared(matrix: Tensor) -> Tensor:
 def _held(matrix: Tensor, basis: Tensor) -> Tensor:
     """The energy that a basis holds, [L]."""
     return ((matrix @ basis) * basis).sum((1, 2))
-
-
-def _orthonormal(x: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis of x's columns [L, n, k] by Cholesky of the Gram matrix, and its smallest scaled pivot [L].
-
-    Pivots of 1 are orthogonal columns; where the smallest is not above _DEPENDENT (0 if Cholesky failed), x comes back.
-    """
-    g = x.mT @ x
-    low, info = torch.linalg.cholesky_ex(g)
-    pivots = low.diagonal(dim1=-2, dim2=-1) / g.diagonal(dim1=-2, dim2=-1).sqrt()
-    pivot = torch.where(info == 0, pivots.amin(-1), 0.0).nan_to_num_(0.0)
-    eye = torch.eye(low.shape[-1], dtype=low.dtype, device=low.device)
-    low = torch.where((pivot > _DEPENDENT)[:, None, None], low, eye)
-    return torch.linalg.solve_triangular(low.mT, x, upper=True, left=False), pivot
 
 
 # -- dense results -----------------------------------------------------------------------------------------------------
@@ -266,8 +230,8 @@ def _basis(x: Tensor) -> Tensor:
     """An orthonormal basis of x's columns, [L, n, k]."""
     if x.device.type != "cuda":
         return torch.linalg.qr(x).Q
-    basis, pivot = _orthonormal(x.double())
-    if not bool((pivot > _DEPENDENT).all()):
+    basis, pivot = orthonormal(x.double())
+    if not bool((pivot > DEPENDENT).all()):
         return torch.linalg.qr(x).Q
     return basis.to(x.dtype)
 

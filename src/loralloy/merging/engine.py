@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from ..factors import LoraFactors
 from ..saving import AdapterWriter, cast, dtype_name, header, outline
 from ..tensor_file import metadata_room
 from ..weights import Weights
+from .added import added, adds
 from .assemble import extra_tensors, merged_config, record
-from .batches import Settings, by_energy, keys_of, run_batches, unstack
+from .batches import Batch, Settings, by_energy, fits_fp32, keys_of, run_batches, unstack
+from .linear import linear
 from .measure import Measure, MergeReport, ModuleError
-from .plan import Plan, Rank, make_groups, make_plan
+from .plan import Plan, Rank, check_plugin, check_rank, check_rule, make_groups, make_plan
 from .rule import Plugin, Rule, Space
 
 
@@ -91,7 +95,7 @@ def run(
     if out is not None:
         check_free(Path(out).absolute(), overwrite)
     parents = plan.parents
-    extra, extra_notes = extra_tensors(parents, plan.weights)
+    extra, extra_notes = extra_tensors(parents)
     licences = {p.licence for p in parents}
     licence = licences.pop() if len(licences) == 1 else None
     settings = Settings(plan.rule, plan.space, plan.before, plan.after, plan.dtype, plan.device, plan.measure)
@@ -107,9 +111,19 @@ def run(
     config = merged_config(parents, set(modules), top, bank)
     errors: dict[str, ModuleError] = {}
 
+    through = plan.measure == "none" and _carries(plan)
+
+    def fetch(i: int, module: str) -> LoraFactors:
+        return parents[i].unchecked(module) if through else parents[i][module]
+
     def merged() -> Iterator[tuple[str, LoraFactors]]:
-        for batch in run_batches(groups, settings, lambda i, m: parents[i][m], keys, [p.name for p in parents]):
-            batch.check([p.name for p in parents])
+        names = [p.name for p in parents]
+        by_block, rest = [g for g in groups if adds(g, settings)], [g for g in groups if not adds(g, settings)]
+        by_shape = run_batches(rest, settings, fetch, keys, names)
+        for batch in itertools.chain(added(by_block, settings, fetch, names), by_shape):
+            if through:
+                _check_parents(batch, parents)
+            batch.check(names, fits_fp32(settings, fetch, keys))
             errors.update(zip(batch.modules, batch.errors, strict=True))
             for module, f in unstack(batch, top):
                 yield module, f
@@ -121,15 +135,15 @@ def run(
         notes = plan.notes + extra_notes
         return MergeReport(str(plan.rule), plan.space, rank, dtype_name(plan.dtype), dict(errors), notes, plan.measure)
 
-    # sha256 leaves the interpreter to the others, and both read the same pages: hashing costs little beside the merge
-    with ThreadPoolExecutor(1) as hashing:
+    # sha256 and reading leave the interpreter to the others: hashing costs little beside the merge
+    with ThreadPoolExecutor(_hashers(len(parents), all(adds(g, settings) for g in groups))) as hashing:
         hashes = [hashing.submit(getattr, p, "content_hash") for p in parents]
         if out is None:
             done = dict(merged())
             ordered = {m: done[m] for p in parents for m in p if m in done}
             carried = {key: cast(tensor, plan.dtype, f"tensor {key!r}") for key, tensor in extra.items()}
             said = report()
-            provenance = {"merge": record(plan, said, [h.result() for h in hashes])}
+            provenance = {"merge": record(plan, said, _hashes(parents, hashes))}
             return Merged(Adapter(plan.name, ordered, config, bank.base, carried, provenance, licence), said)
         outlines = {
             m: outline(
@@ -158,8 +172,49 @@ def run(
             for name, tensor in extra.items():
                 writer.write_extra(name, tensor)
             said = report()
-            writer.finish({"merge": record(plan, said, [h.result() for h in hashes])}, licence)
+            writer.finish({"merge": record(plan, said, _hashes(parents, hashes))}, licence)
     return Merged(Adapter.load(out, plan.name), said)
+
+
+def _hashers(parents: int, alone: bool) -> int:
+    """Threads that hash: as many as there are parents and cores that the merge leaves; it takes one if it goes `alone`.
+
+    At least one. More threads than cores make those of torch wait for each other, in turns of milliseconds.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(parents, cores - (1 if alone else torch.get_num_threads())))
+
+
+def _hashes(parents: Sequence[Adapter], begun: Sequence[Future[str]]) -> list[str]:
+    """The parents' hashes; this thread helps with those that no other has begun."""
+    for parent, future in zip(reversed(parents), reversed(begun), strict=True):
+        if future.cancel():
+            parent.content_hash  # noqa: B018 - kept by the adapter
+    return [p.content_hash if h.cancelled() else h.result() for p, h in zip(parents, begun, strict=True)]
+
+
+def _carries(plan: Plan) -> bool:
+    """Whether NaN and infinity in a parent are certain to be in the result: where entries are scaled and added, no more.
+
+    Then looking at the result, which is done anyway, is looking at the parents. Even a weight of 0 makes NaN of them.
+    """
+    changed = plan.before is not None or plan.after is not None or plan.energy is not None
+    if changed or any(g.cut for g in plan.groups):
+        return False
+    return plan.space in plan.rule.sums or plan.rule.function is linear
+
+
+def _check_parents(batch: Batch, parents: Sequence[Adapter]) -> None:
+    """Raises LoralloyError naming the adapter and the tensor that a batch's NaN or infinity came from, if one did."""
+    if bool(torch.isfinite(batch.range).all()):
+        return
+    for module in batch.modules:
+        for i in batch.group.who:
+            try:
+                parents[i][module]
+            except LoralloyError as error:
+                who = ", ".join(parents[i].name for i in batch.group.who)
+                raise error.within(f"module {module!r} of {who}") from None
 
 
 def _b_shape(f: LoraFactors, rank: int) -> tuple[int, ...]:
@@ -169,38 +224,50 @@ def _b_shape(f: LoraFactors, rank: int) -> tuple[int, ...]:
 def merge_factors(
     adapters: Sequence[Mapping[str, LoraFactors]],
     weights: Sequence[float],
-    rule: Rule,
+    rule: str | Rule,
     space: Space | None = None,
     rank: Rank | None = None,
     dtype: torch.dtype | None = None,
-    before: Plugin | None = None,
-    after: Plugin | None = None,
+    before: str | Plugin | None = None,
+    after: str | Plugin | None = None,
 ) -> dict[str, LoraFactors]:
     """The merge alone, factors in and factors out, on the device they are on: no files, no record, no error measured.
 
     Arguments as :func:`merge`; one weight an adapter. Random masks are keyed by the adapters' order here.
+
+    Raises LoralloyError for no adapters or none with a module, a weight too few, and what :func:`merge` raises of the others.
     """
+    if not adapters:
+        raise LoralloyError("no adapters given; give at least one, each a mapping from modules to factors")
     if len(adapters) != len(weights):
         raise LoralloyError(f"{len(adapters)} adapters but {len(weights)} weights; give one weight an adapter")
-    space = rule.check_space(rule.spaces[0] if space is None else space)
+    chosen, space = check_rule(rule, space)
+    first, last = check_plugin(before, "before"), check_plugin(after, "after")
     modules = dict.fromkeys(m for a in adapters for m in a)
     groups = make_groups(
         modules,
         len(adapters),
         lambda i, m: adapters[i].get(m),
         lambda i, _: weights[i],
-        rule,
+        chosen,
         space,
-        rule.default_rank if rank is None else rank,
+        check_rank(chosen.default_rank if rank is None else rank),
     )
-    first = groups[0].outlines[0].A
-    settings = Settings(rule, space, before, after, dtype or first.dtype, first.device, "none")
+    if not groups:
+        raise LoralloyError("none of the adapters has a module; there is nothing to merge")
+    a = groups[0].outlines[0].A
+    settings = Settings(chosen, space, first, last, dtype or a.dtype, a.device, "none")
     names = [f"adapter {i}" for i in range(len(adapters))]
     result: dict[str, LoraFactors] = {}
-    batches = list(run_batches(groups, settings, lambda i, m: adapters[i][m], keys_of(rule, names), names))
+    keys = keys_of(chosen, names)
+
+    def fetch(i: int, module: str) -> LoraFactors:
+        return adapters[i][module]
+
+    batches = list(run_batches(groups, settings, fetch, keys, names))
     for batch in batches:
         result.update(unstack(batch, batch.stored.rank))
     if not bool(torch.isfinite(torch.stack([batch.range for batch in batches])).all()):
         for batch in batches:
-            batch.check(names)
+            batch.check(names, fits_fp32(settings, fetch, keys))
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, TypeAlias
 
 import torch
@@ -16,6 +17,12 @@ MEAN = Param(
     "in the paper's code, which was made for full fine-tuning: it shrinks LoRA)"
 )
 DIRECTIONS = Param("how many directions the result has, the strongest first; 0: all, the sum of the adapters' ranks", 0)
+
+
+def width(ranks: Sequence[int], shape: tuple[int, int], *, directions: int = 0, **_: object) -> int:
+    """The rank of the result of Iso-C and Iso-CTS."""
+    most = min(sum(ranks), *shape)
+    return min(directions or most, most)
 
 
 def iso_c(
@@ -39,7 +46,7 @@ def iso_c(
     """
     t = triplets(stack)
     total = summed(stack, t)
-    n = min(directions or total.s.shape[1], total.s.shape[1])
+    n = width(stack.ranks, stack.shape, directions=directions)
     live = total.live[:, :n]
     kept = torch.where(live, total.s[:, :n], 0.0)
     over = live.sum(1).clamp(min=1) if mean == "rank" else torch.full_like(kept[:, 0], min(stack.shape))
@@ -56,4 +63,5 @@ RULE = Rule(
     acts_on="stack",
     spaces=("delta", "core"),
     default_rank="full",
+    width=width,
 )

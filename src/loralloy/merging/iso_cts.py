@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from .iso_c import DIRECTIONS, MEAN, Mean
+from .iso_c import DIRECTIONS, MEAN, Mean, width
 from .rule import Param, Rule
 from .stack import LowRank, Stack
 from .subspace import lifted, polar, raised, summed, triplets, weighted
@@ -44,8 +44,7 @@ def iso_cts(
     shared = r - own * tasks
 
     total = summed(stack, t)
-    width = total.s.shape[1]
-    on = total.live & _first(width, shared)
+    on = total.live & _first(total.s.shape[1], shared)
     u_k = torch.where(on[:, None], total.u, 0.0)
     us, ss, vs = [u_k], [torch.where(on, total.s, 0.0)], [torch.where(on[:, None], total.v, 0.0)]
     for u, s, v in zip(t.u, strengths, t.v, strict=True):
@@ -58,7 +57,8 @@ def iso_cts(
         vs.append(torch.where(on[:, None], v @ vh.mT, 0.0))
 
     s = torch.cat(ss, 1)
-    first = (s == 0).to(torch.int8).argsort(dim=1, stable=True)[:, :width]  # at most r are not zero
+    most = width(stack.ranks, stack.shape, directions=directions)  # r is at most this, and at most r are not zero
+    first = (s == 0).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
     u, v = (torch.cat(side, 2).gather(2, first[:, None].expand(-1, side[0].shape[1], -1)) for side in (us, vs))
     s = s.gather(1, first)
     live = s > 0
@@ -81,4 +81,5 @@ RULE = Rule(
     acts_on="stack",
     spaces=("delta", "core"),
     default_rank="full",
+    width=width,
 )

@@ -33,7 +33,7 @@ def pico(
     restore: Annotated[bool, RESTORE] = True,
     target: Annotated[Target, TARGET] = "mean",
     spectrum: Annotated[Counted, SPECTRUM] = "B",
-) -> tuple[Stack, Tensor]:
+) -> Stack:
     """[B_1 ... B_T] = U S V^T, s_j = sigma_j^2 / sum_k sigma_k^2, alpha_j = 1 / (1 + (T - 1) s_j);
 
     B'_t = (I + U diag(alpha - 1) U^T) B_t, A_t as it is; merge; dW = gamma dW', gamma = mean_t ||dW_t||_F / ||dW'||_F.
@@ -61,7 +61,7 @@ def pico(
         now = _norms(stack, _diagonal(m.mT @ g @ m, widths))
         factor = torch.where(now > 0, was / torch.where(now > 0, now, 1.0), 1.0).to(stack.dtype)
         calibrated = [b * f[:, None, None] for b, f in zip(calibrated, factor, strict=True)]
-    return stack.with_factors(stack.A, calibrated), torch.ones_like(c)
+    return stack.with_factors(stack.A, calibrated)
 
 
 def finish(

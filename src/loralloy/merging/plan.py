@@ -86,7 +86,10 @@ class Plan:
 
 
 def natural_rank(rule: Rule, space: Space, ranks: Sequence[int], shape: tuple[int, int]) -> int:
-    """The rank of a rule's own result: r in factors space, min(out, in) for entries of dW, else the sum of ranks."""
+    """The rank of a rule's own result: r in factors space, min(out, in) for entries of dW, what a rule on stacks says, else
+    the sum of ranks."""
+    if rule.width is not None:
+        return rule.width(ranks, shape, **rule.values)
     if rule.acts_on == "stack" or space in rule.sums:
         return sum(ranks)
     if space == "factors":
@@ -150,6 +153,35 @@ def _check_alike(module: str, outlines: Sequence[LoraFactors]) -> None:
             )
 
 
+def check_rule(rule: str | Rule, space: Space | None) -> tuple[Rule, Space]:
+    """The rule, by name or as it is, and its space (the rule's first for None). Raises LoralloyError for what is neither."""
+    from . import get_rule
+
+    found = get_rule(rule) if isinstance(rule, str) else rule
+    if not isinstance(found, Rule):
+        raise LoralloyError(f"{found} is not a rule; give a rule's name or a rule such as Ties(density=0.2)")
+    return found, found.check_space(found.spaces[0] if space is None else space)
+
+
+def check_plugin(plugin: str | Plugin | None, when: Literal["before", "after"]) -> Plugin | None:
+    """The plug-in, by name or as it is. Raises LoralloyError for what is none, or goes elsewhere."""
+    from . import get_plugin
+
+    found = get_plugin(plugin) if isinstance(plugin, str) else plugin
+    if found is not None and not isinstance(found, Plugin):
+        raise LoralloyError(f"{found} is not a plug-in; give a plug-in's name or one such as Pico(restore=False)")
+    if found is not None and found.when != when:
+        raise LoralloyError(f"plug-in {found.name!r} goes {found.when} the rule; pass it as --{found.when}")
+    return found
+
+
+def check_rank(rank: Rank) -> Rank:
+    """`rank`. Raises LoralloyError for anything but a positive number, "max" and "full"."""
+    if rank in ("max", "full") or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
+        return rank
+    raise LoralloyError(f"rank {rank!r} is not valid; give a positive number, 'max' or 'full'")
+
+
 def make_plan(
     bank: Bank,
     weights: Weights,
@@ -170,27 +202,15 @@ def make_plan(
     Raises LoralloyError for weights of unknown adapters, a space in which the rule is not defined, ranks that cannot be
     combined, and values out of range.
     """
-    from . import get_plugin, get_rule
-
-    chosen = get_rule(rule) if isinstance(rule, str) else rule
-    if not isinstance(chosen, Rule):
-        raise LoralloyError(f"{chosen} is not a rule; give a rule's name or a rule such as Ties(density=0.2)")
-    space = chosen.check_space(chosen.spaces[0] if space is None else space)
-    plugins = {}
-    for when, given in (("before", before), ("after", after)):
-        plugin = get_plugin(given) if isinstance(given, str) else given
-        if plugin is not None and plugin.when != when:
-            raise LoralloyError(f"plug-in {plugin.name!r} goes {plugin.when} the rule; pass it as --{plugin.when}")
-        plugins[when] = plugin
+    chosen, space = check_rule(rule, space)
+    first, last = check_plugin(before, "before"), check_plugin(after, "after")
     if energy is not None and not (isinstance(energy, int | float) and energy is not True and 0 < energy <= 1):
         raise LoralloyError(f"energy {energy!r} is not valid; give a fraction of ||dW||^2 above 0, at most 1")
     if energy is not None and rank is not None:
         raise LoralloyError(
             f"rank {rank} and energy {energy} are both given; one of them decides the rank, drop the other"
         )
-    rank = ("full" if energy is not None else chosen.default_rank) if rank is None else rank
-    if not (rank in ("max", "full") or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1)):
-        raise LoralloyError(f"rank {rank!r} is not valid; give a positive number, 'max' or 'full'")
+    rank = check_rank(("full" if energy is not None else chosen.default_rank) if rank is None else rank)
     if measure not in MEASURES:
         raise LoralloyError(f"measure {measure!r} is not known; choose {', '.join(MEASURES)}")
     where = _device(device)
@@ -199,7 +219,7 @@ def make_plan(
     if (
         space != "factors" or space in chosen.sums
     ):  # weight 0 is absence: of its dtype and saved modules too (all zero: a merge to zero)
-        parents = [p for p in parents if any(weights.of(p.name, m) for m in p)] or parents
+        parents = [p for p in parents if takes_part(p, weights)] or parents
 
     stored = dtype or common_dtype(parents)
     if stored not in _DTYPES:
@@ -233,9 +253,16 @@ def make_plan(
             "modules); leave it out to silence it"
         )
     return Plan(
-        name, parents, weights, chosen, space, rank, energy, plugins["before"], plugins["after"],
+        name, parents, weights, chosen, space, rank, energy, first, last,
         stored, where, measure, groups, tuple(notes),
     )  # fmt: skip
+
+
+def takes_part(adapter: Adapter, weights: Weights) -> bool:
+    """Whether an adapter has a weight other than 0 at any of its modules; without modules (it only saves tensors), at all."""
+    if len(adapter):
+        return any(weights.of(adapter.name, m) for m in adapter)
+    return weights.coefficients.get(adapter.name, 0) != 0
 
 
 def common_dtype(parents: Sequence[Adapter]) -> torch.dtype:

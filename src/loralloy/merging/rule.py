@@ -164,6 +164,8 @@ class Rule(Part):
         default_rank: "full" (whatever rank the result has) or "max" (cut to the largest parent rank).
         fused: whether a GPU may take :mod:`.kernels` for it; these know only the rules of this package.
         sums: the spaces in which the rule is the plain weighted sum of dW; the engine takes that from the factors, exactly.
+        width: of a rule that acts on stacks, (ranks, (out, in), parameters' values as keywords) -> the rank of its result;
+            None for the sum of ranks.
     """
 
     acts_on: Literal["entries", "stack"] = "entries"
@@ -171,6 +173,7 @@ class Rule(Part):
     default_rank: Literal["full", "max"] = "max"
     sums: tuple[Space, ...] = ()
     fused: bool = False
+    width: Callable[..., int] | None = None
 
     def check_space(self, space: str) -> Space:
         """`space` if the rule is defined there. Raises LoralloyError with the spaces there are."""
@@ -188,7 +191,7 @@ class Plugin(Part):
     """What runs before or after any rule.
 
     Attributes:
-        when: "before", and the function is Stack -> (Stack, a factor [L] for the result); or "after", and it is
+        when: "before", and the function is Stack -> Stack; or "after", and it is
             (result, original Stack, rank) -> result, `rank` being what the result will be cut to (None: no cut).
         finish: of a plug-in before the rule, (result, original Stack) -> result: what it still does to the rule's result,
             ahead of any plug-in after the rule. Both functions take the parameters' values as keywords.

@@ -37,7 +37,6 @@ class Piece:
     `part(i, block)` gives adapter i's entries [L, n_b] of a block; `starts` the blocks' first indices.
     """
 
-    name: str
     shape: tuple[int, int]
     starts: Sequence[int]
     part: Callable[[int, int], Tensor]
@@ -126,11 +125,11 @@ def view(stack: Stack, space: Space) -> View:
     return _VIEWS[space](stack)
 
 
-def _whole(name: str, parts: Sequence[Tensor], stack: Stack, weights: Tensor, shares: Tensor, salt: int) -> Piece:
+def _whole(parts: Sequence[Tensor], stack: Stack, weights: Tensor, shares: Tensor, salt: int) -> Piece:
     """A piece whose entries are in memory, T tensors [L, rows, columns]."""
     flat, keys = [p.flatten(1) for p in parts], stack.keys ^ salt if salt else stack.keys
     shape = parts[0].shape[1], parts[0].shape[2]
-    return Piece(name, shape, (0,), lambda i, _: flat[i], weights, shares, keys, stack.dtype, parts[0].dtype)
+    return Piece(shape, (0,), lambda i, _: flat[i], weights, shares, keys, stack.dtype, parts[0].dtype)
 
 
 def _factors(stack: Stack) -> View:
@@ -142,7 +141,7 @@ def _factors(stack: Stack) -> View:
     c = stack.weights * stack.scaling
     root, shares = c.abs().sqrt(), stack.weights.abs().sqrt()
     signed = root.copysign(c)
-    pieces = [_whole("A", stack.A, stack, signed, shares, 0), _whole("B", stack.B, stack, root, shares, 0x0B << 56)]
+    pieces = [_whole(stack.A, stack, signed, shares, 0), _whole(stack.B, stack, root, shares, 0x0B << 56)]
     return View(pieces, lambda merged: LowRank(merged[0], merged[1]))
 
 
@@ -157,9 +156,7 @@ def _delta(stack: Stack) -> View:
         return (b @ stack.A[i].to(stack.dtype)).flatten(1)
 
     starts = range(0, out * inside, rows * inside)
-    piece = Piece(
-        "dW", (out, inside), starts, part, stack.weights, stack.weights.abs(), stack.keys, stack.dtype
-    )  # fmt: skip
+    piece = Piece((out, inside), starts, part, stack.weights, stack.weights.abs(), stack.keys, stack.dtype)
     return View([piece], lambda merged: merged[0])
 
 
@@ -182,13 +179,13 @@ def _knots(stack: Stack) -> View:
     heights = sorted(set(counts.tolist()))
     top = heights[-1]
     if len(heights) == 1:
-        piece = _whole("SV", [x[:, :top] for x in aligned], stack, stack.weights, stack.weights.abs(), 0)
+        piece = _whole([x[:, :top] for x in aligned], stack, stack.weights, stack.weights.abs(), 0)
         return View([piece], lambda merged: _narrow(merged[0], basis[:, :, :top]))
     pieces, where = [], []
     for rows in heights:
         at = (counts == rows).nonzero().flatten()
         some = stack.only(at)
-        pieces.append(_whole("SV", [x[at, :rows] for x in aligned], some, some.weights, some.weights.abs(), 0))
+        pieces.append(_whole([x[at, :rows] for x in aligned], some, some.weights, some.weights.abs(), 0))
         where.append(at)
 
     def rebuild(merged: list[Tensor]) -> LowRank:
@@ -224,7 +221,7 @@ def _core(stack: Stack) -> View:
         (((u * sign_u).mT @ x * s[:, None]) @ (y.mT @ (v * sign_v))).to(stack.dtype)
         for x, s, y in zip(t.u, t.s, t.v, strict=True)
     ]
-    piece = _whole("core", cores, stack, stack.weights, stack.weights.abs(), 0)
+    piece = _whole(cores, stack, stack.weights, stack.weights.abs(), 0)
     basis, across = (left * sign_u).to(stack.dtype), (right * sign_v).mT.to(stack.dtype)
     if basis.shape[2] <= across.shape[1]:
         return View([piece], lambda merged: LowRank(merged[0] @ across, basis))
@@ -240,22 +237,22 @@ def _eigenvectors(x: Sequence[Tensor], s: Sequence[Tensor], most: int) -> Tensor
 _VIEWS: dict[str, Callable[[Stack], View]] = {"factors": _factors, "delta": _delta, "knots": _knots, "core": _core}
 
 
-def apply(rule: Rule, stack: Stack, space: Space, trims: Sequence[Limits] | None = None) -> LowRank | Tensor:
+def apply(rule: Rule, stack: Stack, space: Space, limits: Sequence[Limits] | None = None) -> LowRank | Tensor:
     """An entrywise rule on one stack: low-rank factors, or dW itself [L, out, in] from delta space.
 
-    `trims` are T limits over all modules, from a pass before; without them a rule that trims does so by tensor.
+    `limits` are those of T adapters over all modules, from a pass before; without them a rule that trims does so by tensor.
     """
     seen = view(stack, space)
     merged = []
     for piece in seen.pieces:
-        limits: Sequence[Limits] | None = trims
-        if limits is None and "trim" in rule.values and rule.fused and piece.short(rule.values["density"]):
+        own: Sequence[Limits] | None = limits
+        if own is None and "trim" in rule.values and rule.fused and piece.short(rule.values["density"]):
             values = [piece.part(i, 0) for i in range(stack.adapters)]
             every = kernels.largest16(values, int(rule.values["density"] * piece.size))
             merged.append(piece.fuse(rule, values, every))
             continue
-        if limits is None and "trim" in rule.values:
+        if own is None and "trim" in rule.values:
             parts = [piece.blocks(i) for i in range(stack.adapters)]
-            limits = limits_of(parts, piece.size, rule.values["density"], len(piece.starts) == 1)
-        merged.append(piece.apply(rule, limits))
+            own = limits_of(parts, piece.size, rule.values["density"], len(piece.starts) == 1)
+        merged.append(piece.apply(rule, own))
     return seen.rebuild(merged)

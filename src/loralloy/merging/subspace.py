@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..factors import widest
-from .cut import _root
+from .cholesky import gram_root
 from .stack import LowRank, Stack
 
 _DEPENDENT = 1e-10  # columns of unit length: a direction in which they have less is left out of the basis
@@ -63,7 +63,7 @@ def span(x: Tensor) -> Span:
     modules, n, width = x.shape
     if x.dtype == torch.float64 or width > n:
         return Span(x, *_careful(x), modules)
-    r, inverse, good = _root(x)
+    r, inverse, good = gram_root(x)
     bad = (~good).nonzero().flatten()
     if len(bad):
         r, inverse = r.clone(), inverse.clone()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..factors import widest
-from .cut import _root, cut_dense, top_eigen
+from .cholesky import gram_root
+from .cut import cut_dense, top_eigen
 from .rule import Param, Plugin
 from .stack import LowRank, Stack, gram
 
@@ -67,7 +68,7 @@ def _directions(f: LowRank, exact: bool) -> Tensor:
     q = min(f.rank, f.B.shape[1], f.A.shape[2])
     if exact:  # Gram matrices would halve them
         return _careful(f)[:, :, :q]
-    r_b, inverse, good = _root(f.B)
+    r_b, inverse, good = gram_root(f.B)
     core = r_b @ gram(f.A.mT) @ r_b.mT
     _, vectors = top_eigen((core + core.mT) / 2, q)
     u = f.B @ (inverse @ vectors)

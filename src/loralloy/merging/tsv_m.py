@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -32,7 +33,7 @@ def tsv_m(
     Adapters that are nearly equal, but not to rounding, get their differences raised to full strength: that is the method.
     """
     t = triplets(stack)
-    counts = [max(1, math.floor(keep * r + 1e-9)) for r in stack.ranks]
+    counts = _counts(stack.ranks, keep)
     strengths = weighted(stack, t.s)
     live = [s != 0 for s in strengths]
     u, v = (
@@ -43,6 +44,11 @@ def tsv_m(
     return lifted(t, polar(u, stack.dtype), s, polar(v, stack.dtype), stack.dtype)
 
 
+def _counts(ranks: Sequence[int], keep: float) -> list[int]:
+    """How many directions of each adapter are kept."""
+    return [max(1, math.floor(keep * r + 1e-9)) for r in ranks]
+
+
 RULE = Rule(
     "tsv_m",
     tsv_m,
@@ -51,4 +57,5 @@ RULE = Rule(
     "Gargiulo et al. 2025 (arXiv 2412.00081)",
     acts_on="stack",
     spaces=("delta", "core"),
+    width=lambda ranks, shape, keep: sum(_counts(ranks, keep)),
 )

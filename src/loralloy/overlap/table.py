@@ -62,7 +62,7 @@ def _adapters(found: Overlap) -> Table:
     for i, name in enumerate(found.names):
         bar = Text("█" * round(8 * float(whole.norm[i].nan_to_num()) / top), style="cyan", justify="left")
         table.add_row(
-            str(i + 1), Text(name, style="bold"), str(found.modules[name]), span(found.ranks[name] or [0]),
+            str(i + 1), Text(name, style="bold"), str(found.modules[name]), span(found.ranks[name]),
             number(whole.stable_rank[i], 2), number(whole.sar[i], 2), number(whole.sar_cut[i], 2),
             number(whole.norm[i], 4), bar,
         )  # fmt: skip

@@ -230,6 +230,9 @@ def max_rank(found: Overlap) -> int:
 
 
 def span(values: Sequence[float]) -> str:
+    """ "3", "2 to 8", or "none"."""
+    if not values:
+        return "none"
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 

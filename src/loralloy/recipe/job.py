@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, layerwise
-from ..adapter import Adapter
-from ..atomic import atomic_folder, check_free
+from ..adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from ..atomic import atomic_folder, check_replaceable
 from ..bank import Bank
 from ..errors import LoralloyError
 from ..weights import Weights
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", RECIPE_FILE)  # all that a merge writes
 _NOTHING = 1e-12
 
 
@@ -76,8 +76,10 @@ class Job:
 
     def notes(self) -> list[str]:
         """What a reader would not expect."""
+        from ..merging.plan import takes_part
+
         said = []
-        silent = [n for n in self.weights.names if not any(self.weights.of(n, m) for m in self.bank[n])]
+        silent = [n for n in self.weights.names if not takes_part(self.bank[n], self.weights)]
         if self.space != "factors" and len(silent) < len(self.weights.names):  # the plan says what it means there
             said += [f"adapter {name} has weight 0: it takes no part" for name in silent]
         unnamed = [name for name in self.bank.names if name not in self.weights.names]
@@ -144,19 +146,9 @@ class Job:
 
 
 def check_out(target: Path, overwrite: bool) -> None:
-    """Raise LoralloyError if `target` exists and may not be replaced: without `overwrite` anything, with it what is neither
-    an adapter folder nor empty."""
-    check_free(target, overwrite)
-    if target.is_dir():
-        if any(target.iterdir()) and not any((target / file).is_file() for file in _ADAPTER_FILES):
-            raise LoralloyError(
-                f"{target} is not an adapter folder and not empty, so --overwrite does not replace it; give another -o, or "
-                "remove the folder yourself"
-            )
-    elif target.exists():
-        raise LoralloyError(
-            f"{target} is a file, so --overwrite does not replace it by a folder; give another -o, or remove the file yourself"
-        )
+    """Raise LoralloyError if `target` exists and may not be replaced: without `overwrite` anything, with it what is no
+    adapter folder or holds more than a merge writes."""
+    check_replaceable(target, overwrite, _FILES, (CONFIG_FILE, WEIGHTS_FILE))
 
 
 def prepare(recipe: Recipe, update_lock: bool = False) -> Job:
