@@ -21,7 +21,7 @@ from loralloy.atomic import atomic_file
 from loralloy.console import console, out
 from loralloy.retrieval import Embedder
 from loralloy.retrieval.chroma import HNSW, ChromaStore
-from loralloy.retrieval.index import task_rows
+from loralloy.retrieval.rows import task_rows
 from loralloy.retrieval.store import ExactStore, Store
 from loralloy.tasks import load_tasks
 from loralloy.weighting import Router

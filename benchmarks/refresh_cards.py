@@ -22,7 +22,7 @@ from loralloy.live import LiveModel
 from loralloy.live.scoring import correct, predict
 from loralloy.stats import accuracy
 from loralloy.tasks import load_tasks
-from loralloy.training.output import model_card
+from loralloy.training.card import model_card
 from loralloy.weights import Weights
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .merging import Rule, Space
     from .merging.engine import Rank
     from .retrieval.manifest import IndexedTask
-    from .weighting.retrieved import Router
+    from .weighting import Weigher
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Answer:
     """An answer and why: the prompt that was sent, the weights (with their neighbours), the rule and its error.
 
     scores holds each option's log-likelihood in nats, when options were given. `error` is the composition's relative
-    error ||dW - dW_exact|| / ||dW_exact||; 0.0 for the live composition, which merges nothing.
+    error ||dW - dW_exact|| / ||dW_exact||; 0.0 for the live composition, which merges nothing. `fallback`: the question was
+    too unlike the index, and the base model answered alone.
     """
 
     question: str
@@ -38,6 +39,7 @@ class Answer:
     template: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    fallback: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -51,6 +53,7 @@ class Answer:
             "rule": self.rule,
             "space": self.space,
             "error": self.error,
+            "fallback": self.fallback,
             "scores": self.scores,
             "seconds": self.seconds,
         }
@@ -77,7 +80,7 @@ class Answerer:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, bank: Bank, router: Router | None = None, base: BaseRef | None = None
+        self, model: Any, tokenizer: Any, bank: Bank, router: Weigher | None = None, base: BaseRef | None = None
     ) -> None:
         from .live import LiveModel
 
@@ -120,6 +123,7 @@ class Answerer:
         rank: Rank | None = None,
         template: str = "auto",
         max_new_tokens: int = 32,
+        unlike: float = 1.0,
     ) -> Answer:
         """Route `text`, compose, and answer it.
 
@@ -131,10 +135,13 @@ class Answerer:
             template: "auto" puts the text in the form of the task with the largest weight, a task's name in that one's,
                 "none" sends it as it is.
             max_new_tokens: limit of free text.
+            unlike: with a routed question whose ``explain["unlike"]`` exceeds this, the base model answers alone, to the
+                text as it is; 1: never.
 
         Raises LoralloyError for an empty text, an unknown template, and what routing and merging raise.
         """
         from .live.scoring import generate, score_options
+        from .weighting import fall_back
 
         if not text.strip():
             raise LoralloyError("the question is empty; give its text")
@@ -142,12 +149,13 @@ class Answerer:
         if weights is None:
             if self.router is None:
                 raise LoralloyError("there is no index to route with; pass --index, or --weights")
-            weights = self.router.weigh(text)
+            weights = fall_back(self.router.weigh(text), unlike)
         routed = time.perf_counter()
-        prompt, used = self._prompt(text, weights, template)
+        alone = "fallback" in weights.explain
+        prompt, used = (text, None) if alone and template == "auto" else self._prompt(text, weights, template)
         scores: dict[str, float] = {}
         name = rule if isinstance(rule, str) else getattr(rule, "name", "")
-        with self.composed(weights, rule, space, rank) as error:
+        with self._base() if alone else self.composed(weights, rule, space, rank) as error:
             if options:
                 values = score_options(self.model, self.tokenizer, [prompt], [list(options)])[0]
                 scores = {o: float(v) for o, v in zip(options, values, strict=True)}
@@ -155,7 +163,12 @@ class Answerer:
             else:
                 answer = generate(self.model, self.tokenizer, [prompt], max_new_tokens)[0]
         seconds = {"route": routed - start, "answer": time.perf_counter() - routed}
-        return Answer(text, answer, prompt, weights, name, space, error, used, scores, seconds)
+        return Answer(text, answer, prompt, weights, name, space, error, used, scores, seconds, alone)
+
+    @contextlib.contextmanager
+    def _base(self) -> Iterator[float]:
+        with self.live.compose(None):
+            yield 0.0
 
     def _prompt(self, text: str, weights: Weights, template: str) -> tuple[str, str | None]:
         if template == "none" or (template == "auto" and self.router is None):

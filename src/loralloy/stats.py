@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import LoralloyError
@@ -89,3 +89,74 @@ def paired_bootstrap(
         means[start : start + size] = delta[generator.integers(0, n, (size, n))].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Difference(float(delta.mean()), float(low), float(high), n)
+
+
+def stratified_bootstrap(
+    strata: Mapping[str, tuple[Sequence[bool | float], Sequence[bool | float]]],
+    seed: int = 0,
+    samples: int = 10_000,
+    level: float = 0.95,
+) -> Difference:
+    """Mean over strata of mean(a - b), and its percentile bootstrap interval with examples drawn within each stratum.
+
+    strata: task -> (a, b) over the same examples. Every task counts the same, however many examples it has; `n` is of all
+    examples. The interval is for these tasks, not for tasks in general. Raises LoralloyError when lengths differ or are 0.
+    """
+    import numpy as np
+
+    if not strata:
+        raise LoralloyError("a stratified bootstrap needs at least one task")
+    generator = np.random.default_rng(seed)
+    means, value, total = np.zeros(samples), 0.0, 0
+    for name, (a, b) in strata.items():
+        if len(a) != len(b) or not len(a):
+            raise LoralloyError(
+                f"{name}: a paired bootstrap needs two non-empty lists of one length; {len(a)}, {len(b)}"
+            )
+        delta = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+        value += float(delta.mean()) / len(strata)
+        total += len(delta)
+        for start in range(0, samples, 500):
+            size = min(500, samples - start)
+            drawn = delta[generator.integers(0, len(delta), (size, len(delta)))]
+            means[start : start + size] += drawn.mean(axis=1) / len(strata)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Difference(value, float(low), float(high), total)
+
+
+def paired_p(a: Sequence[bool | float], b: Sequence[bool | float], seed: int = 0, samples: int = 10_000) -> float:
+    """Two-sided p of mean(a - b) = 0 by swapping a and b at random, example by example (a paired permutation test).
+
+    (hits + 1) / (samples + 1), so never 0 (Phipson & Smyth 2010). Raises LoralloyError when lengths differ or are 0.
+    """
+    import numpy as np
+
+    if len(a) != len(b) or not len(a):
+        raise LoralloyError(f"a paired test needs two non-empty lists of one length; got {len(a)} and {len(b)}")
+    delta = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    moved = delta[delta != 0]
+    if not len(moved):
+        return 1.0
+    generator = np.random.default_rng(seed)
+    seen, hits = abs(moved.sum()), 0
+    for start in range(0, samples, 500):
+        size = min(500, samples - start)
+        signs = generator.integers(0, 2, (size, len(moved))) * 2 - 1
+        hits += int((np.abs(signs @ moved) >= seen - 1e-9).sum())
+    return (hits + 1) / (samples + 1)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Adjusted p of several tests: Holm's step-down (1979), which keeps the chance of any false claim at the level.
+
+    In the order given. Raises LoralloyError for a p that is not in [0, 1].
+    """
+    if bad := [name for name, value in p.items() if not 0 <= value <= 1]:
+        raise LoralloyError(f"p of {bad[0]!r} is {p[bad[0]]}; it must be from 0 to 1")
+    order = sorted(p, key=lambda name: p[name])
+    adjusted: dict[str, float] = {}
+    reached = 0.0
+    for place, name in enumerate(order):
+        reached = max(reached, min(1.0, (len(order) - place) * p[name]))
+        adjusted[name] = reached
+    return {name: adjusted[name] for name in p}

@@ -153,7 +153,8 @@ def test_another_base_is_refused(cli, world, tmp_path):
 
 def test_route(cli, world):
     ran = cli("route", world.index, "[x] free prize", "--neighbours", "2")
-    assert ran.code == 0 and ran.out.split()[0] == "spam" and ran.out.count("Text: ") == 2
+    assert ran.code == 0 and ran.out.split()[0] == "spam" and "unlike anything here" in ran.out
+    assert [line.split()[0] for line in ran.out.splitlines()[-3:]] == ["task", "spam", "spam"]
     said = json.loads(cli("route", world.index, QUESTION, "--json").out)
     assert said["version"] == 1 and sum(said["weights"].values()) == pytest.approx(1)
     assert Weights.from_dict(said).names[0] == "spam"
@@ -216,3 +217,45 @@ def test_an_index_of_other_task_texts_is_refused(cli, world, tmp_path):
     cli("evaluate", "--tasks", world.tasks, *flags, "-n", "6").refused(
         "'spam'", "another text template", "loralloy index"
     )
+
+
+STRANGE = "quantum boson lepton hadron"
+
+
+def test_a_question_unlike_the_index_goes_to_the_base_model(cli, world):
+    flags = [*world.flags(), *FLAGS, "--options", "a,b"]
+    said = json.loads(cli("ask", STRANGE, *flags, "--json").out)
+    assert said["fallback"] is True and said["explain"]["unlike"] > 0.99 and said["explain"]["fallback"] == 0.99
+    assert set(said["weights"].values()) == {0.0} and said["template"] is None and said["prompt"] == STRANGE
+    shown = cli("ask", STRANGE, *flags).out
+    assert "unlike anything here" in shown and "base model alone" in shown and "rule linear" not in shown
+    kept = json.loads(cli("ask", STRANGE, *flags, "--json", "--no-fallback", "--template", "none").out)
+    assert kept["fallback"] is False and sum(kept["weights"].values()) == pytest.approx(1)
+    assert kept["scores"] != pytest.approx(
+        said["scores"], abs=1e-4
+    )  # the adapters change the answer, the base's does not
+    cut = json.loads(cli("ask", STRANGE, *flags, "--json", "--rule", "svd", "--rank", "2").out)
+    assert cut["scores"] == pytest.approx(said["scores"], abs=1e-6) and cut["error"] == 0
+    cli("ask", QUESTION, *flags, "--unlike", "0").refused("unlike is 0", "1: never")
+
+
+@pytest.mark.parametrize("router", ["paper", "kernel", "probe"])
+def test_route_with_each_router(cli, world, router, tmp_path):
+    near = json.loads(cli("route", world.index, QUESTION, "--router", router, "--json").out)
+    far = json.loads(cli("route", world.index, STRANGE, "--router", router, "--json").out)
+    assert max(near["weights"], key=near["weights"].get) == "spam" and "fallback" not in near["explain"]
+    assert set(far["weights"].values()) == {0.0} and far["explain"]["routed"]
+    assert "base model alone" in cli("route", world.index, STRANGE, "--router", router).out
+    kept = json.loads(cli("route", world.index, STRANGE, "--router", router, "--no-fallback", "--json").out)
+    assert kept["weights"] == pytest.approx(far["explain"]["routed"])
+    Weights.from_dict(far).save(tmp_path / "w.json")  # and a weights file of it answers with the base alone
+    flags = [*world.flags("model", "bank"), *FLAGS, "--weights", tmp_path / "w.json", "--options", "a,b", "--json"]
+    assert json.loads(cli("ask", STRANGE, *flags).out)["fallback"] is True
+
+
+def test_route_refuses(cli, world):
+    cli("route", world.index, QUESTION, "--router", "oracle").refused(
+        "router is 'oracle'", "auto, paper, kernel, probe"
+    )
+    cli("route", world.index, QUESTION, "--router", "probe", "--k", "5").refused("drop k", "--router kernel")
+    cli("route", world.index, QUESTION, "--unlike", "2").refused("unlike is 2")

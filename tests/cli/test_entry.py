@@ -10,7 +10,7 @@ import pytest
 from loralloy import __version__
 from loralloy.cli import app
 
-COMMANDS = {"ask", "route", "merge", "rules", "export", "inspect", "index", "train", "evaluate", "demo"}
+COMMANDS = {"ask", "route", "merge", "rules", "export", "inspect", "index", "train", "evaluate", "report", "demo"}
 
 
 def test_these_are_the_commands():

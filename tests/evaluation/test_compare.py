@@ -14,7 +14,7 @@ from loralloy.bank import Bank
 from loralloy.errors import LoralloyError
 from loralloy.evaluation import compare as module
 from loralloy.evaluation.compare import SYSTEMS, Comparison, compare, pick_examples
-from loralloy.evaluation.report import difference_lines, markdown, plot, terminal_table, write
+from loralloy.evaluation.compare_page import difference_lines, markdown, plot, terminal_table, write
 from loralloy.live.base import load_base
 from loralloy.live.scoring import score_options
 from loralloy.retrieval import HashEmbedder, Index

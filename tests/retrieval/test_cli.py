@@ -39,12 +39,12 @@ def test_index_then_route(kind, tasks, tmp_path):
     assert [line for line in said.splitlines() if line.startswith("indexed")] == [
         f"indexed {name}: 40 rows" for name in sorted(WORDS)
     ]
-    assert f"3 tasks, 120 rows; store {kind}, template hinted" in said.replace("\n", " ")
+    assert f"3 tasks, 120 rows; store {kind}, template both" in said.replace("\n", " ")
     assert run("index", tmp_path / "tasks", "-o", folder, "--rows", 40).count("unchanged") == 3  # keeps its store
     question = tasks[0].examples("test")[0].query
     shown = run("route", folder, question, "--k", 20)
     assert shown.split()[0] == "spam" and "nearest examples" in shown and "█" in shown
-    weights = json.loads(run("route", folder, question, "--json", "--neighbours", 2, "--exclude", "spam"))
+    weights = json.loads(run("route", folder, question, "--json", "--neighbours", 2, "--exclude", "spam", "--p", 1))
     assert weights["version"] == 1 and set(weights["weights"]) == {"cooking", "weather"}
     assert len(weights["explain"]["neighbours"]) == 2
 

@@ -39,7 +39,7 @@ def folder_bytes(folder: Path) -> dict[str, str]:
 
 def test_build_search_reopen(kind, tasks, embedder, tmp_path):
     with Index.build(tmp_path / "i", tasks, embedder, kind) as index:
-        assert index.names == sorted(WORDS) and len(index) == 3 * 48
+        assert index.names == sorted(WORDS) and len(index) == 3 * 48 and len(rows_of(index)) == 3 * 96
         ids, _, found = index.search(index.embed([tasks[0].examples("test")[0].query]), 10)
         assert set(found[0]) == {"spam"} and all(i.startswith("spam/train/") for i in ids[0])
         assert index.texts(ids[0][:1])[0].startswith("Which kind of spam is this?\nText: ")
@@ -85,7 +85,10 @@ def test_only_training_rows(kind, tasks, embedder, tmp_path):
 def test_seeded_choice_of_rows(tasks, embedder, tmp_path):
     def ids(folder, **options):
         with Index.build(tmp_path / folder, tasks, embedder, "exact", **options) as index:
-            return set(rows_of(index))
+            held = set(rows_of(index))
+        plain = {i for i in held if not i.endswith("#raw")}
+        assert held == plain | {f"{i}#raw" for i in plain}  # both vectors of a row, always
+        return plain
 
     one, again, other = ids("1", rows=10), ids("2", rows=10), ids("3", rows=10, seed=1)
     assert one == again != other and len(one) == 30
@@ -101,7 +104,8 @@ def test_one_task_at_a_time(kind, tasks, embedder, tmp_path):
             index.check_template([changed])
         assert index.add(changed) is True
         after = rows_of(index)
-        assert {i for i in before if before[i] != after[i]} == {i for i in before if i.startswith("spam/")}
+        hinted = {i for i in before if i.startswith("spam/") and not i.endswith("#raw")}
+        assert {i for i in before if before[i] != after[i]} == hinted  # the raw texts have no hint
         index.check_template([changed])
         assert index.add(tasks[0]) is True and rows_of(index) == before
         index.remove("spam")
@@ -143,9 +147,9 @@ def test_other_embedder_template_and_store_are_refused_by_name(tasks, embedder, 
     ):
         with pytest.raises(LoralloyError, match=rf"{embedder.identity}, not {other.identity}.*--embedder"):
             attempt()
-    with pytest.raises(LoralloyError, match=r"template 'hinted', not 'raw'.*--overwrite"):
+    with pytest.raises(LoralloyError, match=r"template 'both', not 'raw'.*--overwrite"):
         Index.open(tmp_path / "i", embedder, template="raw")
-    with pytest.raises(LoralloyError, match="template 'hinted', not 'raw'"):
+    with pytest.raises(LoralloyError, match="template 'both', not 'raw'"):
         Index.build(tmp_path / "i", tasks, embedder, "exact", template="raw")
     with pytest.raises(LoralloyError, match="store 'exact', not 'chroma'"):
         Index.build(tmp_path / "i", tasks, embedder, "chroma")
@@ -163,7 +167,7 @@ def test_errors_name_the_way_out(tasks, embedder, tmp_path):
         Index.build(tmp_path / "i", [tasks[0], tasks[0]], embedder, "exact")
     with pytest.raises(LoralloyError, match="known: chroma, exact"):
         Index.build(tmp_path / "i", tasks, embedder, "faiss")
-    with pytest.raises(LoralloyError, match="known: hinted, raw"):
+    with pytest.raises(LoralloyError, match="known: both, hinted, raw"):
         Index.build(tmp_path / "i", tasks, embedder, "exact", template="full")
     with pytest.raises(LoralloyError, match="rows is 0"):
         Index.build(tmp_path / "i", tasks, embedder, "exact", rows=0)
@@ -175,7 +179,7 @@ def test_errors_name_the_way_out(tasks, embedder, tmp_path):
         (lambda m: m.update(version=2), "expected `version: 1`, found 2"),
         (lambda m: m.pop("embedder"), "embedder"),
         (lambda m: m["tasks"]["spam"].pop("rows"), "rows"),
-        (lambda m: m["tasks"]["spam"].update(rows=7), "'spam' has 48 rows, its manifest says 7"),
+        (lambda m: m["tasks"]["spam"].update(rows=7), "'spam' has 96 vectors, its manifest says 96 of 7 rows"),
         (lambda m: m.update(store="faiss"), "store is 'faiss'"),
     ],
 )
@@ -275,7 +279,7 @@ def kill_at(tmp_path: Path, kind: str, moment: str, tasks: Path, nth: int) -> No
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 @pytest.mark.parametrize(
-    ("moment", "nth", "counted"), [("embed", 2, 1), ("added", 2, 1), ("batch", 5, 1), ("saved", 1, 0), ("saved", 3, 2)]
+    ("moment", "nth", "counted"), [("embed", 2, 1), ("added", 2, 1), ("batch", 8, 1), ("saved", 1, 0), ("saved", 3, 2)]
 )
 def test_kill_while_building(kind, tasks, embedder, tmp_path, moment, nth, counted):
     if moment == "batch" and kind == "exact":
@@ -308,7 +312,7 @@ def test_kill_while_replacing(kind, tasks, embedder, tmp_path, moment):
     with Index.build(tmp_path / "i", [changed], embedder, kind) as index:
         assert index.names == sorted(WORDS)
         assert index.texts(["spam/train/0"])[0].startswith("Another hint?")
-        assert len(rows_of(index)) == 3 * 48
+        assert len(rows_of(index)) == 3 * 96
 
 
 def test_stray_rows_are_cleared_by_any_writer(kind, tasks, embedder, tmp_path):
@@ -316,7 +320,7 @@ def test_stray_rows_are_cleared_by_any_writer(kind, tasks, embedder, tmp_path):
         index.store.add("stray", ["stray/train/0"], embedder.encode(["free prize call"]), ["free prize call"])
         assert "stray" not in index.search(index.embed(["free prize call"]), 200)[2][0]
         index.remove("weather")
-        assert index.store.tasks() == {"spam": 48}
+        assert index.store.tasks() == {"spam": 96}
 
 
 def test_light_import():

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from ..errors import LoralloyError
-from . import ask, demo, evaluate, export, index, inspect, merge, route, rules, train
+from . import ask, demo, evaluate, export, index, inspect, merge, report, route, rules, train
 
 app = typer.Typer(
     name="loralloy",
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (ask, route, merge, rules, inspect, index, train, evaluate, export, demo):
+for module in (ask, route, merge, rules, inspect, index, train, evaluate, report, export, demo):
     command = getattr(module, module.__name__.rsplit(".", 1)[-1])
     app.command(cls=getattr(module, "COMMAND", None))(command)
 

@@ -15,16 +15,14 @@ from .common import (
     DtypeOption,
     IndexOption,
     Json,
-    K,
     Kernel,
     ModelOption,
-    P,
     SameBase,
-    Temperature,
     load_bank,
     load_model,
     parse_rank,
 )  # fmt: skip
+from .route import KOption, NoFallback, POption, RouterOption, TemperatureOption, UnlikeOption, body, unlike_line
 
 if TYPE_CHECKING:
     from ..answer import Answer
@@ -48,10 +46,13 @@ def ask(
     template: Annotated[
         str, typer.Option(help="auto: put the text in the top task's form; none; or a task's name.")
     ] = "auto",
-    k: K = 100,
-    p: P = 0.9,
+    router: RouterOption = "auto",
+    k: KOption = None,
+    p: POption = None,
     kernel: Kernel = "exp",
-    temperature: Temperature = 1.0,
+    temperature: TemperatureOption = None,
+    unlike: UnlikeOption = 0.99,
+    no_fallback: NoFallback = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of a free answer.")] = 32,
     dtype: DtypeOption = "auto",
     assume_same_base: SameBase = False,
@@ -65,8 +66,10 @@ def ask(
     from ..console import console
     from ..console import out as stdout
     from ..merging import get_rule
+    from ..weighting.unlike import check_threshold
     from ..weights import Weights
 
+    threshold = check_threshold(1.0 if no_fallback else unlike)
     checked = get_rule(rule).check_space(space)
     cut = parse_rank(rank)
     listed = options[0].split(",") if options and len(options) == 1 else options or []  # repeated: commas are text
@@ -76,7 +79,7 @@ def ask(
     adapters = load_bank(bank, assume_same_base)
     given = Weights.load(weights) if weights else None
     needed = given is None or template not in ("auto", "none")  # a template by name is looked up in the index
-    opened = open_router(index, adapters, k, p, kernel, temperature) if needed else None
+    opened = open_router(index, adapters, k, p, kernel, temperature, router, threshold < 1) if needed else None
     if opened and not json and opened.index.names and set(opened.index.names) - set(adapters.names):
         left = ", ".join(sorted(set(opened.index.names) - set(adapters.names)))
         console.print(
@@ -84,7 +87,7 @@ def ask(
         )
     loaded, tokenizer, base = load_model(model, dtype)
     answerer = Answerer(loaded, tokenizer, adapters, opened, base)
-    answer = answerer.ask(question, choices, given, rule, checked, cut, template, max_new_tokens)
+    answer = answerer.ask(question, choices, given, rule, checked, cut, template, max_new_tokens, threshold)
     if json:
         stdout.print_json(data=answer.to_dict())
     else:
@@ -92,12 +95,19 @@ def ask(
 
 
 def open_router(
-    index: str, bank: Any, k: int = 100, p: float = 0.9, kernel: str = "exp", temperature: float = 1.0
+    index: str,
+    bank: Any,
+    k: int | None = None,
+    p: float | None = None,
+    kernel: str = "exp",
+    temperature: float | None = None,
+    kind: str = "paper",
+    unlike: bool = False,
 ) -> Any:
-    """A router over the index's tasks that have an adapter in the bank."""
+    """A weigher over the index's tasks that have an adapter in the bank, fitted; see :func:`open_weigher`."""
     from ..console import console
     from ..retrieval import Index
-    from ..weighting.retrieved import Router
+    from ..weighting import open_weigher
 
     with console.status("opening the index"):
         opened = Index.open(index)
@@ -107,14 +117,17 @@ def open_router(
             f"index {index} holds tasks {', '.join(opened.names) or '(none)'} and the bank adapters {', '.join(bank.names)}: no "
             "name in common. Adapters are found by the name of their task; rename the folders, or index the right tasks"
         )
-    rows = sum(opened.tasks[name].rows for name in only)
-    if rows <= 2 * k and console.is_terminal:
+    with console.status("fitting the router to the index"):  # once an index: it is kept there
+        weigher = open_weigher(opened, kind, only=only, k=k, p=p, temperature=temperature, kernel=kernel, unlike=unlike)
+        weigher.prepare()
+    rows, voting = sum(opened.tasks[name].rows for name in only), weigher.settings.get("k")
+    if voting and rows <= 2 * voting and console.is_terminal:
         console.print(
-            f"index {index} holds {rows} examples and --k is {k}: most of them vote on every question, so the weights say "
-            "little; index more rows, or pass a smaller --k",
+            f"index {index} holds {rows} examples and --k is {voting}: most of them vote on every question, so the weights "
+            "say little; index more rows, or pass a smaller --k",
             markup=False,
         )
-    return Router(opened, k, p, kernel, temperature, only)
+    return weigher
 
 
 def show(answer: Answer) -> None:
@@ -127,6 +140,8 @@ def show(answer: Answer) -> None:
 
     stdout.print(Panel(Text(answer.question), title="question", title_align="left", border_style="dim", expand=False))
     stdout.print(answer.weights)
+    if (line := unlike_line(answer.weights)) is not None:
+        stdout.print(line)
     neighbours = answer.weights.explain.get("neighbours", [])[:3]
     if neighbours:
         table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
@@ -135,12 +150,12 @@ def show(answer: Answer) -> None:
                 heading, no_wrap=True, overflow="ellipsis", ratio=1 if heading == "nearest examples" else None
             )
         for n in neighbours:
-            text = " ".join(n["text"].split("\n", 1)[-1].split())  # without the hint: a whole task has the same
-            table.add_row(Text(text, style="dim"), f"{n['distance']:.3f}", n["task"])
+            table.add_row(Text(body(n), style="dim"), f"{n['distance']:.3f}", n["task"])
         stdout.print(table)
     form = f"; prompt in the form of {answer.template}" if answer.template else ""
     exact = "composed live, exact" if answer.error == 0 else f"merged, relative error {answer.error:.2e}"
-    stdout.print(Text(f"rule {answer.rule} ({answer.space} space): {exact}{form}", style="dim"))
+    how = "base model alone" if answer.fallback else f"rule {answer.rule} ({answer.space} space): {exact}"
+    stdout.print(Text(f"{how}{form}", style="dim"))
     if answer.scores:
         stdout.print(Text("log-likelihood of each option, in nats:", style="dim"))
     for option, score in sorted(answer.scores.items(), key=lambda item: -item[1]):

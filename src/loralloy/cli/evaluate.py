@@ -1,11 +1,12 @@
-"""`loralloy evaluate`: the table of base, own adapter, routed and uniform composition on held-out examples."""
+"""`loralloy evaluate`: a suite of methods, or the small comparison on the demo's bank; held-out examples in both."""
 
 from __future__ import annotations
 
 import importlib.util
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -38,7 +39,33 @@ if TYPE_CHECKING:
 TASKS = "examples/tasks"
 
 
+SUITE_FLAGS = ("only", "rows", "shard", "jobs", "out")
+COMPARISON_FLAGS = (
+    "tasks", "bank", "index", "model", "examples", "k", "p", "kernel", "temperature", "dtype", "write", "assume_same_base",
+)  # fmt: skip
+
+
 def evaluate(
+    context: typer.Context,
+    suite: Annotated[
+        OptionalPath, typer.Argument(help="A suite file (YAML). Without one: the small comparison on the demo's bank.")
+    ] = None,
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--only", help="Suite: these methods alone; repeat it, or separate names with commas."),
+    ] = None,
+    rows: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--rows", min=1, help="Suite: at most so many test rows a task, for a quick look."),
+    ] = None,
+    shard: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--shard", help="Suite: i/n, the i-th of n parts, for machines that share --out."),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Suite: processes side by side.")] = 1,
+    out: Annotated[
+        OptionalPath, typer.Option("--out", "-o", help="Suite: folder of cells, instead of its own.")
+    ] = None,
     tasks: Annotated[
         str, typer.Option("--tasks", help="Task files; those with an adapter in the bank are used.")
     ] = TASKS,
@@ -51,19 +78,77 @@ def evaluate(
     kernel: Kernel = "exp",
     temperature: Temperature = 1.0,
     dtype: DtypeOption = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a forward pass.")] = 16,
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Examples a forward pass: 16, or the suite's."),
+    ] = None,
     write: Annotated[OptionalPath, typer.Option(help="Also write report.md, report.json and report.png here.")] = None,
     assume_same_base: SameBase = False,
     json: Json = False,
 ) -> None:
-    """Compare base model, own adapter, routed and uniform composition on held-out examples, with 95 % intervals.
+    """Run a suite of methods by tasks, or compare base model, own adapter, routed and uniform composition.
 
+    A suite's cells are kept: run it again after a stop and it goes on where it was.
+
+    Example: loralloy evaluate examples/suite/demo-suite.yaml --jobs 2
     Example: loralloy evaluate --examples 1000 --write docs/results
     """
+    wrong = COMPARISON_FLAGS if suite is not None else SUITE_FLAGS
+    for name in wrong:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = "--" + name.replace("_", "-")
+            if suite is None:
+                raise LoralloyError(f"{flag} is for a suite; name its file: loralloy evaluate SUITE.yaml {flag} ...")
+            raise LoralloyError(f"{flag} is for the comparison without a suite; set it in {suite}, or leave it out")
+    if suite is not None:
+        run(suite, only, rows, shard, jobs, out, batch_size, json)
+        return
+    compare(tasks, bank, index, model, examples, k, p, kernel, temperature, dtype, batch_size or 16, write,
+            assume_same_base, json)  # fmt: skip
+
+
+def run(
+    path: Path, only: list[str] | None, rows: int | None, shard: str | None, jobs: int, out: Path | None,
+    batch_size: int | None, json: bool,
+) -> None:  # fmt: skip
+    """Run a suite and show its averages."""
+    from ..console import console
+    from ..console import out as stdout
+    from ..evaluation.suite import Results, Suite, overridden, parse_shard, run_suite, terminal_tables
+    from ..evaluation.suite.cells import cells_of
+    from ..tasks import load_tasks
+
+    suite = Suite.load(path)
+    cut = {name: min(n, rows) for name, n in suite.fields.rows.items()} if rows else None
+    suite = overridden(suite, rows=cut, out=str(out.absolute()) if out else None, batch_size=batch_size)
+    if only:
+        suite = suite.only([name.strip() for entry in only for name in entry.split(",") if name.strip()])
+    ran = run_suite(suite, shard=parse_shard(shard) if shard else None, jobs=jobs)
+    console.print(
+        f"{ran.made} cells made, {ran.kept} there already, in {ran.seconds:.0f} s: {ran.out / 'cells'}",
+        style="dim", markup=False, soft_wrap=True,
+    )  # fmt: skip
+    if shard:
+        return
+    results = Results.load(ran.out, load_tasks(suite.fields.tasks), {cell.name for cell in cells_of(suite)})
+    if json:
+        stdout.print_json(data=results.to_dict())
+        return
+    fields = suite.fields
+    for table in terminal_tables(results, [m.name for m in suite.methods], fields.queries, fields.scopes):
+        stdout.print(table, "")
+
+
+def compare(
+    tasks: str, bank: str, index: str, model: str, examples: int, k: int, p: float, kernel: str, temperature: float,
+    dtype: str, batch_size: int, write: Path | None, assume_same_base: bool, json: bool,
+) -> None:  # fmt: skip
+    """The comparison of the demo's bank."""
     from ..answer import Answerer
     from ..console import out as stdout
     from ..evaluation.compare import pick_examples
-    from ..evaluation.report import write as write_report
+    from ..evaluation.compare_page import write as write_report
     from .ask import open_router
 
     if write is not None and importlib.util.find_spec("matplotlib") is None:  # before minutes of work
@@ -104,7 +189,7 @@ def table(
     """Run the comparison under one progress bar for all systems."""
     from ..console import progress
     from ..evaluation.compare import SYSTEMS, compare
-    from ..evaluation.report import HEADINGS
+    from ..evaluation.compare_page import HEADINGS
 
     with progress() as bar:
         line = bar.add_task("", total=len(SYSTEMS) * len(rows))
@@ -118,7 +203,7 @@ def table(
 
 def show(comparison: Comparison, summary: dict[str, Any]) -> None:
     from ..console import out as stdout
-    from ..evaluation.report import difference_lines, terminal_table
+    from ..evaluation.compare_page import difference_lines, terminal_table
 
     stdout.print(terminal_table(comparison, summary), "")
     for line in difference_lines(summary):

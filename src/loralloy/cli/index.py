@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import LoralloyError
+
+if TYPE_CHECKING:
+    from ..weighting import ProbeRouter
 
 
 def index(
@@ -21,7 +24,7 @@ def index(
     template: Annotated[
         str | None,
         typer.Option(
-            help="Text to embed: hinted (hint and columns) or raw (columns); default: what the index has, else hinted."
+            help="Text to embed: hinted (hint and columns), raw (columns) or both; default: what the index has, else both."
         ),
     ] = None,
     embedder: Annotated[
@@ -38,9 +41,10 @@ def index(
 
     Example: loralloy index examples/tasks -o my-index --rows 500
     """
-    from ..console import out
+    from ..console import console, out
     from ..retrieval import Embedder, Index, Manifest
     from ..tasks import load_tasks
+    from ..weighting.choose import fit_all
 
     if not tasks and not remove:
         raise LoralloyError("nothing to do: give task files to index, or --remove NAME")
@@ -54,7 +58,7 @@ def index(
     if add_only and old and (there := [task.name for task in given if task.name in old.tasks]):
         raise LoralloyError(f"{output}: task {there[0]!r} is in the index already, and --add-only keeps it as it is")
     store = store or (old.store if old else "chroma")
-    template = template or (old.template if old else "hinted")
+    template = template or (old.template if old else "both")
     if not given:
         opened = Index.open(output, encoder, template=template)
     else:
@@ -67,5 +71,16 @@ def index(
         for task in given:
             changed = overwrite or built.add(task, rows, seed, force=replace, progress=True)
             out.print(f"{'indexed' if changed else 'unchanged'} {task.name}: {built.tasks[task.name].rows} rows")
+        with console.status("fitting the router"):
+            router = fit_all(built)
+        if router is not None and (line := probe_line(router)):
+            out.print(line, markup=False, soft_wrap=True)
         kind = f"store {built.manifest.store}, template {built.manifest.template}, embedder {built.manifest.embedder}"
         out.print(f"{output}: {len(built.tasks)} tasks, {len(built)} rows; {kind}", markup=False, soft_wrap=True)
+
+
+def probe_line(router: ProbeRouter) -> str:
+    """How well the fitted probe knows the index's own held-out examples; "" where there were too few to hold out."""
+    report = router.fit().report
+    said = [f"{report[kind]['top1']:.1%} {kind}" for kind in ("hinted", "raw") if kind in report]
+    return f"router fitted; own task first on held-out examples of the index: {', '.join(said)}" if said else ""

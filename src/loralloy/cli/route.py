@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+from .common import Kernel
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from ..weights import Weights
+
+RouterOption = Annotated[
+    str, typer.Option(help="auto, probe, kernel (tuned on the index) or paper (top-100, exp(-d)).")
+]
+KOption = Annotated[Optional[int], typer.Option("--k", help="Nearest examples that vote; the paper's: 100.")]  # noqa: UP045
+POption = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option("--p", help="Nucleus: keep the largest tasks up to this share of the mass; the paper's: 0.9."),
+]
+TemperatureOption = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="T in exp(-d/T); below 1, nearer examples count more. The paper's: 1."),
+]
+UnlikeOption = Annotated[
+    float, typer.Option(help="Use the base model alone when the question is more unlike the index than this, 0 to 1.")
+]
+NoFallback = Annotated[bool, typer.Option("--no-fallback", help="Use adapters however unlike the question is.")]
 
 
 def route(
     index: Annotated[Path, typer.Argument(help="An index folder, from `loralloy index`.")],
     text: Annotated[str, typer.Argument(help="The question.")],
-    k: Annotated[int, typer.Option(help="How many nearest examples vote.")] = 100,
-    p: Annotated[float, typer.Option(help="Nucleus: keep the largest tasks up to this share of the mass.")] = 0.9,
-    kernel: Annotated[str, typer.Option(help="exp (the paper's), inverse or uniform.")] = "exp",
-    temperature: Annotated[float, typer.Option(help="T in exp(-d/T); below 1, nearer examples count more.")] = 1.0,
+    router: RouterOption = "auto",
+    k: KOption = None,
+    p: POption = None,
+    kernel: Kernel = "exp",
+    temperature: TemperatureOption = None,
+    unlike: UnlikeOption = 0.99,
+    no_fallback: NoFallback = False,
     exclude: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Leave this task out; repeatable.")] = None,
     embedder: Annotated[
         str | None, typer.Option(help="The embedder that the index was built with; default: all-MiniLM-L6-v2.")
@@ -23,27 +50,53 @@ def route(
     as_json: Annotated[bool, typer.Option("--json", help="Print the weights file (JSON) instead.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the weights as a picture.")] = None,
 ) -> None:
-    """Weigh the adapters for one question by its nearest examples.
+    """Weigh the adapters for one question: by a probe of the index, or by its nearest examples.
 
     Example: loralloy route my-index "WINNER!! Claim your free prize now" --k 50
     """
     import json
 
-    from ..console import out
+    from ..console import console, out
     from ..retrieval import Embedder, Index
-    from ..weighting import Router
+    from ..weighting import fall_back, open_weigher
+    from ..weighting.unlike import check_threshold
 
+    threshold = check_threshold(1.0 if no_fallback else unlike)
     with Index.open(index, Embedder(embedder)) as opened:
-        router = Router(opened, k=k, p=p, kernel=kernel, temperature=temperature, show=neighbours)
-        weights = router.weigh(text, exclude or ())
+        with console.status("fitting the router to the index"):  # once an index: it is kept there
+            weigher = open_weigher(
+                opened, router, k=k, p=p, kernel=kernel, temperature=temperature, show=neighbours, unlike=threshold < 1
+            )
+            if not exclude:
+                weigher.prepare()
+        weights = fall_back(weigher.weigh(text, exclude or ()), threshold)
     if plot is not None:
         weights.plot(plot)
     if as_json:
         print(json.dumps(weights.to_dict(), indent=2, ensure_ascii=False))
         return
     out.print(weights)
+    if (line := unlike_line(weights)) is not None:
+        out.print(line)
     if weights.explain["neighbours"]:
         out.print(neighbour_table(weights.explain["neighbours"]))
+
+
+def unlike_line(weights: Weights) -> Text | None:
+    """What ``explain["unlike"]`` says of the query, and whether the base model answers alone; None without a score."""
+    from rich.text import Text
+
+    score = weights.explain.get("unlike")
+    if score is None:
+        return None
+    said = f"unlike anything here: {score:.3f}"
+    if "fallback" not in weights.explain:
+        return Text(f"{said} of the index's own examples are nearer to theirs", style="dim")
+    routed = ", ".join(f"{name} {w:.2f}" for name, w in weights.explain["routed"].items())
+    limit = weights.explain["fallback"]
+    return Text(
+        f"{said} > {limit:g}, so all adapters are at 0: the base model alone (routed: {routed})", style="bold red"
+    )
 
 
 def neighbour_table(neighbours: list[dict]) -> object:
@@ -58,5 +111,13 @@ def neighbour_table(neighbours: list[dict]) -> object:
     table.add_column("distance", justify="right")
     table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
     for row in neighbours:
-        table.add_row(row["task"], f"{row['distance']:.3f}", Text(" ".join(row["text"].split("\n", 1)[-1].split())))
+        table.add_row(row["task"], f"{row['distance']:.3f}", Text(body(row)))
     return table
+
+
+def body(row: dict) -> str:
+    """A neighbour's text on one line, without the hint: a whole task has the same."""
+    from ..retrieval.rows import RAW
+
+    text = row["text"] if row["id"].endswith(RAW) else row["text"].split("\n", 1)[-1]
+    return " ".join(text.split())

@@ -156,7 +156,7 @@ def compare(
             run(system, prompts, weights)
     router = answerer.router
     settings = {
-        "k": router.k, "p": router.p, "kernel": router.kernel, "temperature": router.temperature,
+        **router.settings,
         "index_rows": len(router.index), "template": router.index.manifest.template, "base_formats": formats,
         "adapters": {name: bank[name].content_hash for name in bank.names},
     }  # fmt: skip
@@ -167,11 +167,17 @@ def compare(
 
 
 def base_format(adapter: Adapter) -> str:
-    """The base's best prompt format, chosen on validation rows when the adapter was trained (metrics.json)."""
+    """The base's best prompt format, as recorded (see :func:`recorded_base_format`), else the adapters' own."""
+    return recorded_base_format(adapter) or "as_trained"
+
+
+def recorded_base_format(adapter: Adapter) -> str | None:
+    """The base's best prompt format, chosen on validation rows when the adapter was trained (metrics.json), or None."""
     path = adapter.path / "metrics.json" if adapter.path else None
     if path is None or not path.is_file():
-        return "as_trained"
-    return str(json.loads(path.read_text(encoding="utf-8")).get("base_format", {}).get("name", "as_trained"))
+        return None
+    name = json.loads(path.read_text(encoding="utf-8")).get("base_format", {}).get("name")
+    return None if name is None else str(name)
 
 
 def _routing(system: str, weights: Sequence[Weights], examples: Sequence[Example]) -> dict[str, float]:

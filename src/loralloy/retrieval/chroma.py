@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import LoralloyError
-from .store import Neighbours, check_query, check_rows, nearest
+from .store import Neighbours, Rows, check_query, check_rows, nearest
 
 BATCH = 4000  # Chroma takes 5,461 rows a call at most
 # Cosine, since the default is l2. The rest buys recall where tasks form islands, as they do with hints: at 200, 400, 32
@@ -153,6 +153,20 @@ class ChromaStore:
             if i not in held:
                 raise LoralloyError(f"no row {i!r} in this store")
         return [held[i] for i in ids]
+
+    def vectors(self, tasks: Collection[str] | None = None) -> Rows:
+        owners = sorted((task, i) for i, task in self._labels.items() if tasks is None or task in tasks)
+        if not owners:
+            raise LoralloyError("no rows to read: the index has no task left to choose from")
+        place = {i: n for n, (_, i) in enumerate(owners)}
+        ids, result = [i for _, i in owners], None
+        for start in range(0, len(ids), BATCH):
+            page = self._rows.get(ids=ids[start : start + BATCH], include=["embeddings"])
+            block = np.asarray(page["embeddings"], dtype=np.float32)
+            result = np.zeros((len(ids), block.shape[1]), dtype=np.float32) if result is None else result
+            result[[place[i] for i in page["ids"]]] = block
+        assert result is not None
+        return ids, result, [task for task, _ in owners]
 
     def close(self) -> None:
         self._client.close()  # type: ignore[attr-defined]

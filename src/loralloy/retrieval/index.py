@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +17,11 @@ from . import manifest as manifests
 from .embed import Embedder, TextEncoder
 from .lock import FolderLock
 from .manifest import STORES, TEMPLATES, IndexedTask, Manifest, check_choice
-from .store import ExactStore, Neighbours, Store
+from .rows import RAW, ROWS, content_hash, task_rows
+from .store import ExactStore, Neighbours, Rows, Store
 
 if TYPE_CHECKING:
     from ..tasks.task import Task
-
-ROWS = 2000  # a task, as in the retrieval paper (arXiv 2602.21222)
 
 
 def _open_store(kind: str, folder: Path) -> Store:
@@ -32,30 +30,6 @@ def _open_store(kind: str, folder: Path) -> Store:
     from .chroma import ChromaStore
 
     return ChromaStore(folder / "chroma")
-
-
-def task_rows(task: Task, rows: int, seed: int, template: str) -> tuple[list[str], list[str]]:
-    """Ids and texts of the examples that represent `task`: training rows, never an answer, a seeded choice of `rows`.
-
-    A row's place in the choice is the hash of its seed and text, so a new row in the data displaces at most one other.
-    """
-    examples = task.examples("train")
-    if not examples:
-        raise LoralloyError(f"task {task.name!r}: its train split is empty, so there is nothing to index")
-    texts = [example.query if template == "hinted" else example.raw for example in examples]
-    ids = [example.id for example in examples]
-    order = sorted(range(len(ids)), key=lambda i: (hashlib.sha256(f"{seed}|{texts[i]}".encode()).digest(), ids[i]))
-    chosen = sorted(order[:rows])
-    return [ids[i] for i in chosen], [texts[i] for i in chosen]
-
-
-def content_hash(ids: Sequence[str], texts: Sequence[str]) -> str:
-    """SHA-256 over ids and texts, each with its length, so that moving characters between rows changes it."""
-    digest = hashlib.sha256()
-    for item in (*ids, *texts):
-        data = item.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
 
 
 class Index:
@@ -108,7 +82,7 @@ class Index:
         store: str = "chroma",
         rows: int = ROWS,
         seed: int = 0,
-        template: str = "hinted",
+        template: str = "both",
         *,
         overwrite: bool = False,
         progress: bool = False,
@@ -116,9 +90,9 @@ class Index:
         """Make `folder` an index that holds `tasks`, and open it. Idempotent: what is there and unchanged is skipped.
 
         Parameters: `store`, ``"chroma"`` or ``"exact"``; at most `rows` a task, chosen with `seed`; `template`,
-        ``"hinted"`` (the task's hint and columns, the paper's) or ``"raw"`` (columns only, what users type). Never the
-        answer. An existing index keeps its other tasks and must agree in store, embedder and template; with `overwrite`
-        it is replaced as a whole, once the new one is complete.
+        ``"hinted"`` (the task's hint and columns, the paper's), ``"raw"`` (columns only, what users type) or ``"both"``
+        (two vectors a row). Never the answer. An existing index keeps its other tasks and must agree in store, embedder
+        and template; with `overwrite` it is replaced as a whole, once the new one is complete.
         """
         folder, tasks = Path(folder), list(tasks)
         check_choice("store", store, STORES)
@@ -178,7 +152,8 @@ class Index:
         if rows < 1:
             raise LoralloyError(f"rows is {rows}; index at least one row a task")
         ids, texts = task_rows(task, rows, seed, self.manifest.template)
-        entry = IndexedTask.of(task, len(ids), rows, seed, content_hash(ids, texts))
+        examples = sum(not i.endswith(RAW) for i in ids)
+        entry = IndexedTask.of(task, examples, rows, seed, content_hash(ids, texts), len(ids))
         old = self.manifest.tasks.get(task.name)
         if old and old.content_hash == entry.content_hash and not force:
             if old != entry:  # only the task's own fields changed (its cue, say): the vectors stand
@@ -217,10 +192,10 @@ class Index:
     def _check_rows(self) -> None:
         held = self.store.tasks()
         for name, entry in self.manifest.tasks.items():
-            if held.get(name, 0) != entry.rows:
+            if held.get(name, 0) != entry.vectors or not entry.rows <= entry.vectors <= 2 * entry.rows:
                 raise LoralloyError(
-                    f"{self.folder}: task {name!r} has {held.get(name, 0)} rows, its manifest says {entry.rows}; the "
-                    "index is damaged: build it again with --overwrite"
+                    f"{self.folder}: task {name!r} has {held.get(name, 0)} vectors, its manifest says {entry.vectors} of "
+                    f"{entry.rows} rows; the index is damaged: build it again with --overwrite"
                 )
 
     # -- asking --------------------------------------------------------------------------------------------------------
@@ -261,6 +236,16 @@ class Index:
                 raise LoralloyError("the query text is empty; give the question to route")
         return self.embedder.encode(texts, progress=progress)
 
+    def tasks_left(self, exclude: Collection[str] = (), only: Collection[str] | None = None) -> set[str]:
+        """The committed tasks that are left; LoralloyError, naming what there is, when none is."""
+        left = set(self.manifest.tasks) - set(exclude)
+        if only is not None:
+            left &= set(only)
+        if not left:
+            has = ", ".join(self.names) or f"none yet: run `loralloy index TASKS -o {self.folder}`"
+            raise LoralloyError(f"{self.folder}: no task left to search; the index has {has}")
+        return left
+
     def search(
         self, vectors: np.ndarray, k: int, exclude: Collection[str] = (), only: Collection[str] | None = None
     ) -> Neighbours:
@@ -269,14 +254,16 @@ class Index:
         `exclude` leaves tasks out (a query's own, say) and `only` keeps some; both are done over the labels in memory,
         and k neighbours remain. Raises LoralloyError when no task is left.
         """
-        left = set(self.manifest.tasks) - set(exclude)
-        if only is not None:
-            left &= set(only)
-        if not left:
-            has = ", ".join(self.names) or f"none yet: run `loralloy index TASKS -o {self.folder}`"
-            raise LoralloyError(f"{self.folder}: no task left to search; the index has {has}")
+        left = self.tasks_left(exclude, only)
         everything = left == set(self.store.tasks())
         return self.store.query(vectors, k, None if everything else left)
+
+    def vectors(self, only: Collection[str] | None = None) -> Rows:
+        """All committed rows (of the tasks `only`): ids, unit vectors ``[n, d]``, tasks; by task, then id.
+
+        Raises LoralloyError when no task is left.
+        """
+        return self.store.vectors(self.tasks_left((), only))
 
     def texts(self, ids: Sequence[str]) -> list[str]:
         """The indexed texts of these rows."""

@@ -14,6 +14,7 @@ from ..atomic import atomic_folder, recover
 from ..errors import LoralloyError
 
 Neighbours = tuple[list[list[str]], np.ndarray, list[list[str]]]
+Rows = tuple[list[str], np.ndarray, list[str]]
 
 
 class Store(Protocol):
@@ -40,6 +41,10 @@ class Store(Protocol):
 
     def texts(self, ids: Sequence[str]) -> list[str]:
         """The texts of these rows, in order. Raises LoralloyError for an unknown id."""
+        ...
+
+    def vectors(self, tasks: Collection[str] | None = None) -> Rows:
+        """All rows of `tasks` (default: all), by task and then id: ids, unit vectors float32 [n, d], each one's task."""
         ...
 
     def close(self) -> None:
@@ -209,6 +214,11 @@ class ExactStore:
                 self._texts[task] = dict(zip(rows["ids"], rows["texts"], strict=True))
             result.append(self._texts[task][i])
         return result
+
+    def vectors(self, tasks: Collection[str] | None = None) -> Rows:
+        vectors, ids, labels = self._stack(tasks)
+        order = np.lexsort((ids, labels))
+        return ids[order].tolist(), vectors[order], labels[order].tolist()
 
     def close(self) -> None:
         self._stacked.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from ..errors import LoralloyError
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LOSSES = ("answer", "full_text")
 SCHEDULES = ("cosine", "linear", "constant")
+SAVE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+TRACKERS = ("none", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -87,3 +90,60 @@ class TrainConfig:
             if name not in names:
                 raise LoralloyError(f"training has no option {name!r}; it has: {', '.join(names)}")
         return dataclasses.replace(config or TrainConfig(), **changes)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes and what it writes beside the weights; nothing here changes what is learned, but `dtype`.
+
+    The fields are the keywords of :func:`loralloy.training.train`, which says what they mean.
+    Raises LoralloyError naming the flag that is out of range.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    base_name: str | None = None
+    save_dtype: str = "fp16"
+    save_every: int = 100
+    resume: bool = True
+    overwrite: bool = False
+    tracker: str = "none"
+    evaluate: bool = True
+    eval_limit: int | None = None
+    eval_batch_size: int = 32
+    licence: str = "apache-2.0"
+
+    def __post_init__(self) -> None:
+        if self.save_dtype not in SAVE_DTYPES:
+            raise LoralloyError(f"--save-dtype {self.save_dtype!r} is unknown; use {', '.join(SAVE_DTYPES)}")
+        if self.save_every < 1:
+            raise LoralloyError(f"--save-every is {self.save_every}; it must be at least 1 step")
+        if self.eval_limit is not None and self.eval_limit < 1:
+            raise LoralloyError(
+                f"--eval-limit is {self.eval_limit}; it must be at least 1 (--no-evaluate skips the evaluation)"
+            )
+        if self.eval_batch_size < 1:
+            raise LoralloyError(f"--eval-batch-size is {self.eval_batch_size}; it must be at least 1")
+        if self.tracker not in TRACKERS:
+            raise LoralloyError(f"--tracker {self.tracker!r} is unknown; use none, tensorboard or wandb")
+        if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
+            raise LoralloyError(
+                f"--tracker {self.tracker} needs the package {self.tracker}: pip install 'loralloy[trackers]'"
+            )
+
+
+def flags(settings: TrainConfig | RunOptions) -> list[str]:
+    """The words of `loralloy train` that make these settings: only what differs from the defaults is named."""
+    words: list[str] = []
+    for option in dataclasses.fields(settings):
+        value = getattr(settings, option.name)
+        if value == option.default:
+            continue
+        flag = "--" + option.name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [flag] if value else [f"--no-{flag[2:]}"]
+        else:
+            # repr, not %g: the command must make the very number again
+            number = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+            words += [flag, ",".join(value) if isinstance(value, tuple) else number]
+    return words

@@ -169,21 +169,10 @@ class _Display:
             )
 
 
-def check_tracker(tracker: str) -> None:
-    """Raise LoralloyError for a tracker that is unknown or not installed."""
-    import importlib.util
-
-    if tracker not in ("none", "tensorboard", "wandb"):
-        raise LoralloyError(f"--tracker {tracker!r} is unknown; use none, tensorboard or wandb")
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise LoralloyError(f"--tracker {tracker} needs the package {tracker}: pip install 'loralloy[trackers]'")
-
-
 @contextmanager
 def _accelerator(device: Any, tracker: str, runs: Path, settings: dict[str, Any]) -> Iterator[Any]:
     from accelerate import Accelerator
 
-    check_tracker(tracker)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",  # the base has its dtype already, the factors are float32
@@ -239,8 +228,6 @@ def fit(
         get_linear_schedule_with_warmup,
     )
 
-    if save_every < 1:
-        raise LoralloyError(f"--save-every is {save_every}; it must be at least 1 step")
     if not resume:
         checkpoint.remove(folder)
     state = checkpoint.load(folder, identity) if folder.is_dir() else None

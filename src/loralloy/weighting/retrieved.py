@@ -20,6 +20,8 @@ import numpy as np
 from ..errors import LoralloyError
 from ..retrieval.index import Index
 from ..weights import Weights
+from .unlike import Unlike
+from .weigher import Weighing, neighbours
 
 KERNELS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     # exp(-d/T) up to a constant factor, which normalisation removes; without the shift a small T underflows to 0.
@@ -73,12 +75,12 @@ def nucleus(masses: Mapping[str, float], p: float) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Router:
+class Router(Weighing):
     """Routes texts to adapters by the tasks of their nearest examples; adapters carry their task's name.
 
     The paper's: ``k=100, p=0.9, kernel="exp", temperature=1``. `only`: the tasks to choose from (those that have an
-    adapter, say); `show`: how many neighbours explain a weight. Raises LoralloyError for values out of range, and when
-    the index holds none of `only`.
+    adapter, say); `show`: how many neighbours explain a weight; `unlike`: adds ``explain["unlike"]``. Raises
+    LoralloyError for values out of range, and when the index holds none of `only`.
     """
 
     index: Index
@@ -88,6 +90,7 @@ class Router:
     temperature: float = 1.0
     only: Collection[str] | None = None
     show: int = 5
+    unlike: Unlike | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
@@ -97,45 +100,21 @@ class Router:
         kernel([0.0], self.kernel, self.temperature)
         nucleus({"": 1.0}, self.p)
 
-    def weigh(self, text: str, exclude: Collection[str] = ()) -> Weights:
-        """The weights for one query; `exclude` leaves tasks out (its own, to measure out-of-domain use)."""
-        return self.weigh_batch([text], exclude)[0]
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options, as plain data."""
+        return {"router": "kernel", "k": self.k, "p": self.p, "kernel": self.kernel, "temperature": self.temperature}
 
-    def weigh_batch(
-        self, texts: Sequence[str], exclude: Collection[str] = (), *, exclude_each: Sequence[str | None] | None = None
-    ) -> list[Weights]:
-        """One Weights a text, in order. `exclude` holds for all; `exclude_each` adds one task (or None) a text."""
-        return self.weigh_vectors(self.index.embed(texts), exclude, exclude_each=exclude_each)
-
-    def weigh_vectors(
-        self,
-        vectors: np.ndarray,
-        exclude: Collection[str] = (),
-        *,
-        exclude_each: Sequence[str | None] | None = None,
-    ) -> list[Weights]:
-        """As :meth:`weigh_batch`, for queries embedded already: unit vectors ``[m, d]`` from ``index.embed``."""
-        if isinstance(exclude, str):
-            exclude = (exclude,)
-        own = list(exclude_each) if exclude_each is not None else [None] * len(vectors)
-        if len(own) != len(vectors):
-            raise LoralloyError(f"exclude_each has {len(own)} entries for {len(vectors)} queries")
-        result: list[Weights | None] = [None] * len(vectors)
-        for left_out in sorted(set(own), key=lambda name: (name is not None, name or "")):
-            rows = [row for row, name in enumerate(own) if name == left_out]
-            dropped = {*exclude, *([left_out] if left_out else [])}
-            found = self.index.search(np.asarray(vectors)[rows], self.k, dropped, self.only)
-            shown = [row_ids[: self.show] for row_ids in found[0]]
-            flat = list(dict.fromkeys(i for row_ids in shown for i in row_ids))
-            texts: dict[str, str] = {}
-            for start in range(0, len(flat), 1000):
-                texts |= zip(flat[start : start + 1000], self.index.texts(flat[start : start + 1000]), strict=True)
-            for row, ids, distances, tasks in zip(rows, *found, strict=True):
-                result[row] = self._weights(ids, distances, tasks, texts, sorted(dropped))
-        return [weights for weights in result if weights is not None]
+    def _weigh(self, vectors: np.ndarray, dropped: list[str]) -> list[Weights]:
+        found = self.index.search(vectors, self.k, dropped, self.only)
+        shown = neighbours(self.index, *found, self.show)
+        return [
+            self._weights(ids, distances, tasks, near, dropped)
+            for ids, distances, tasks, near in zip(*found, shown, strict=True)
+        ]
 
     def _weights(
-        self, ids: list[str], distances: np.ndarray, tasks: list[str], texts: dict[str, str], exclude: list[str]
+        self, ids: list[str], distances: np.ndarray, tasks: list[str], near: list[dict[str, Any]], exclude: list[str]
     ) -> Weights:
         similarity = kernel(distances, self.kernel, self.temperature)
         by_task: dict[str, list[float]] = {}
@@ -143,10 +122,7 @@ class Router:
             by_task.setdefault(task, []).append(s)
         mass = {task: math.fsum(parts) for task, parts in by_task.items()}
         explain: dict[str, Any] = {
-            "neighbours": [
-                {"id": i, "task": task, "distance": float(d), "text": texts[i]}
-                for i, d, task in zip(ids[: self.show], distances, tasks, strict=False)
-            ],
+            "neighbours": near,
             "mass": dict(sorted(mass.items(), key=lambda item: (-item[1], item[0]))),
             "k": self.k,
             "found": len(ids),
@@ -154,6 +130,8 @@ class Router:
             "kernel": self.kernel,
             "temperature": self.temperature,
         }
+        if self.unlike is not None:
+            explain["unlike"] = self.unlike.score(ids, distances)
         if exclude:
             explain["exclude"] = exclude
         return Weights(nucleus(mass, self.p), "retrieved", explain)

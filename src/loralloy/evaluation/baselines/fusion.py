@@ -1,0 +1,63 @@
+"""fusion: the parameters of the three nearest adapters averaged (LoraRetriever's Fusion)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from ...merging import Linear
+from ..suite.merges import How
+from ..suite.method import Method, Row
+
+if TYPE_CHECKING:
+    from ...tasks import Example
+    from ..suite.run import Run
+
+
+class Fusion(Method):
+    """A' = 1/k sum_p A_p, B' = 1/k sum_p B_p, y = W0 x + s B' A' x (Zhao et al., arXiv 2402.09997, section 3.3).
+
+    PEFT's `linear` (factors space) with weight 1/k^2 each: it puts the root of a weight on A and on B. B' A' has the cross
+    terms B_p A_q, so it is not the mean of the adapters. Retrieved as in Selection. Adapters of one rank and scaling only.
+    """
+
+    kind = "fusion"
+    source = "LoraRetriever (arXiv 2402.09997)"
+
+    k: Annotated[int, Field(ge=1)] = 3
+
+    @property
+    def space(self) -> str:
+        return "factors"
+
+    @property
+    def rule(self) -> str:
+        return "parameter average"
+
+    @property
+    def rank(self) -> str:
+        return "max"
+
+    @property
+    def cost(self) -> float:
+        return 6.0
+
+    @cached_property
+    def how(self) -> How:
+        return How(Linear, "factors", None)
+
+    def answer(self, run: Run, examples: Sequence[Example]) -> list[Row]:
+        nearest = run.nearest_tasks(examples, self.k)
+        return average(run, examples, nearest, self.how)
+
+
+def average(run: Run, examples: Sequence[Example], names: Sequence[Sequence[str]], how: How) -> list[Row]:
+    """Answers under the parameter average of each example's adapters; the rows note 1/k, what each adapter counts."""
+    rows = run.merged(examples, [dict.fromkeys(chosen, 1 / len(chosen) ** 2) for chosen in names], how)
+    return [
+        row._replace(weights=dict.fromkeys(chosen, 1 / len(chosen)))
+        for row, chosen in zip(rows, names, strict=True)
+    ]  # fmt: skip
