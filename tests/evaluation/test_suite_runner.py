@@ -258,3 +258,33 @@ def test_who_begins_where(whole):
     assert {c.name for c in first} == {c.name for c in second} == {c.name for c in cells}
     alike = {c.name for c in cells if c.scope == "in_domain" and c.query == "hinted" and c.method.name != "ties"}
     assert {c.name for c in first[: len(alike)]} == {c.name for c in second[-len(alike) :]} == alike
+
+
+def test_short_memory_halves_the_batch(whole, write_suite, tmp_path, monkeypatch):
+    import torch
+
+    suite = Suite.load(write_suite(tmp_path, methods=FEW, rows={"default": 4, "ties": 2}, batch_size=8))
+    real, sizes = runner_module.run_cell, []
+
+    def short(cell, mark, bench, advance=None):
+        sizes.append(bench.batch_size)
+        if bench.batch_size > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(cell, mark, bench, advance)
+
+    monkeypatch.setattr(runner_module, "run_cell", short)
+    run_suite(suite, show=False)
+    assert sizes[:4] == [8, 4, 2, 2]
+    same_cells(cells_in(suite.out), cells_in(whole[0].out))
+
+
+def test_no_memory_for_a_single_row(write_suite, tmp_path, monkeypatch):
+    import torch
+
+    def never(cell, mark, bench, advance=None):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runner_module, "run_cell", never)
+    suite = Suite.load(write_suite(tmp_path, methods=["perfect"], rows={"default": 1}))
+    with pytest.raises(LoralloyError, match="cell perfect.*fewer --jobs"):
+        run_suite(suite, show=False)

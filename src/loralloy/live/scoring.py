@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RowsHook = Callable[[list[int]], AbstractContextManager[Any]]
+_TOKENS = 1024  # whose logits are float32 at once
 _EXPAND = 4  # rows x options of one forward over the cache, as a multiple of batch_size: bounds the cache's memory
 
 
@@ -197,8 +198,11 @@ def _score_rest(
             past_key_values=cache,
             use_cache=True,
         ).logits
-    logp = logits.float().log_softmax(-1).gather(2, targets[:, :, None])[:, :, 0]
-    return (logp * own).sum(1)
+    kept, scores = own.bool(), torch.zeros(own.shape, device=mask.device)
+    # only where there is a token, and some at a time: float32 copies of all logits would be most of a batch's memory
+    parts = zip(logits[kept].split(_TOKENS), targets[kept].split(_TOKENS), strict=True)
+    scores[kept] = torch.cat([-torch.nn.functional.cross_entropy(x.float(), y, reduction="none") for x, y in parts])
+    return scores.sum(1)
 
 
 def generate(

@@ -54,7 +54,7 @@ class Answering:
 
     @property
     def batch_size(self) -> int:
-        return self.bench.suite.fields.batch_size
+        return self.bench.batch_size
 
     def left_out(self, example: Example) -> str | None:
         raise NotImplementedError

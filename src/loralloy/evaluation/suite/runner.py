@@ -114,11 +114,29 @@ def run_cells(
             if not mine or done(cell, bench.suite.out, marks[cell.name]):
                 continue
             start = time.perf_counter()
-            run_cell(cell, marks[cell.name], bench, advance)
+            _run_in_memory(cell, marks[cell.name], bench, advance)
             count += 1
             if finished:
                 finished(cell, time.perf_counter() - start)
     return count
+
+
+def _run_in_memory(cell: Cell, mark: str, bench: Workbench, advance: Progress | None) -> None:
+    """Run a cell; where the GPU's memory is short (others use it too), again with what is kept let go and half the batch."""
+    import torch
+
+    while True:
+        try:
+            run_cell(cell, mark, bench, advance)
+            return
+        except torch.cuda.OutOfMemoryError as error:
+            if bench.batch_size == 1:
+                raise LoralloyError(
+                    f"cell {cell.name}: the GPU's memory is too short even for one row at a time; use fewer --jobs"
+                ) from error
+            bench.batch_size = max(1, bench.batch_size // 2)
+        bench.forget()  # outside `except`, whose error holds the tensors
+        _free()
 
 
 def run_cell(cell: Cell, mark: str, bench: Workbench, advance: Progress | None = None) -> Path:

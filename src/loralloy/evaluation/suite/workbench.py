@@ -66,6 +66,8 @@ class Workbench:
 
     def __init__(self, suite: Suite, embedder: TextEncoder | None = None) -> None:
         self.suite, self._given = suite, embedder
+        self.batch_size = suite.fields.batch_size
+        """Rows a forward; halved where they do not fit into the GPU's memory."""
         self.cache = suite.out / "cache"
         self._indices: dict[tuple[str, int], Index] = {}
         self.answers: dict[tuple[str, str, Coefficients], Row] = {}
@@ -248,9 +250,7 @@ class Workbench:
 
         def choose() -> str:
             with self.live.compose(None):
-                made = best_base_format(
-                    self.model, self.tokenizer, self.tasks[name], rows, batch_size=self.suite.fields.batch_size
-                )
+                made = best_base_format(self.model, self.tokenizer, self.tasks[name], rows, batch_size=self.batch_size)
             values = {format: value.to_dict() for format, value in made.validation.items()}
             return json.dumps({"task": name, "format": made.name, "validation": values})
 
@@ -284,6 +284,12 @@ class Workbench:
                 for seed in sorted(seeds):
                     self.index(query, seed)
             self.embedder.save()
+
+    def forget(self) -> None:
+        """Let go of merged adapters, in use or kept for later: they are made again when they are needed."""
+        self.__dict__.pop("merges", None)
+        if "merged_rows" in self.__dict__:
+            self.__dict__.pop("merged_rows").remove()
 
     def close(self) -> None:
         for index in self._indices.values():
