@@ -286,5 +286,5 @@ def test_no_memory_for_a_single_row(write_suite, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner_module, "run_cell", never)
     suite = Suite.load(write_suite(tmp_path, methods=["perfect"], rows={"default": 1}))
-    with pytest.raises(LoralloyError, match="cell perfect.*fewer --jobs"):
+    with pytest.raises(LoralloyError, match=r"cell perfect.*fewer --jobs"):
         run_suite(suite, show=False)

@@ -101,7 +101,7 @@ def open_router(
     p: float | None = None,
     kernel: str = "exp",
     temperature: float | None = None,
-    kind: str = "paper",
+    kind: str = "auto",
     unlike: bool = False,
 ) -> Any:
     """A weigher over the index's tasks that have an adapter in the bank, fitted; see :func:`open_weigher`."""

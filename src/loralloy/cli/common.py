@@ -28,10 +28,7 @@ SameBase = Annotated[
     bool, typer.Option("--assume-same-base", help="Skip the check that adapters are of one base model.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-K = Annotated[int, typer.Option("--k", help="Nearest examples that vote.")]
-P = Annotated[float, typer.Option("--p", help="Nucleus: keep the fewest tasks whose weights reach p.")]
 Kernel = Annotated[str, typer.Option(help="exp (the paper's), inverse or uniform.")]
-Temperature = Annotated[float, typer.Option(help="Temperature of the kernel; 1 is the paper's.")]
 OptionalPath = Optional[Path]  # noqa: UP045 - typer evaluates this at run time on Python 3.10
 
 

@@ -19,16 +19,14 @@ from .common import (
     DtypeOption,
     IndexOption,
     Json,
-    K,
     Kernel,
     ModelOption,
     OptionalPath,
-    P,
     SameBase,
-    Temperature,
     load_bank,
     load_model,
 )  # fmt: skip
+from .route import KOption, POption, RouterOption, TemperatureOption
 
 if TYPE_CHECKING:
     from ..answer import Answerer
@@ -41,7 +39,8 @@ TASKS = "examples/tasks"
 
 SUITE_FLAGS = ("only", "rows", "shard", "jobs", "out")
 COMPARISON_FLAGS = (
-    "tasks", "bank", "index", "model", "examples", "k", "p", "kernel", "temperature", "dtype", "write", "assume_same_base",
+    "tasks", "bank", "index", "model", "examples", "router", "k", "p", "kernel", "temperature", "dtype", "write",
+    "assume_same_base",
 )  # fmt: skip
 
 
@@ -73,10 +72,11 @@ def evaluate(
     index: IndexOption = INDEX,
     model: ModelOption = MODEL,
     examples: Annotated[int, typer.Option("--examples", "-n", min=1, help="Held-out examples in all.")] = 1000,
-    k: K = 100,
-    p: P = 0.9,
+    router: RouterOption = "auto",
+    k: KOption = None,
+    p: POption = None,
     kernel: Kernel = "exp",
-    temperature: Temperature = 1.0,
+    temperature: TemperatureOption = None,
     dtype: DtypeOption = "auto",
     batch_size: Annotated[
         Optional[int],  # noqa: UP045
@@ -104,7 +104,7 @@ def evaluate(
     if suite is not None:
         run(suite, only, rows, shard, jobs, out, batch_size, json)
         return
-    compare(tasks, bank, index, model, examples, k, p, kernel, temperature, dtype, batch_size or 16, write,
+    compare(tasks, bank, index, model, examples, router, k, p, kernel, temperature, dtype, batch_size or 16, write,
             assume_same_base, json)  # fmt: skip
 
 
@@ -141,8 +141,9 @@ def run(
 
 
 def compare(
-    tasks: str, bank: str, index: str, model: str, examples: int, k: int, p: float, kernel: str, temperature: float,
-    dtype: str, batch_size: int, write: Path | None, assume_same_base: bool, json: bool,
+    tasks: str, bank: str, index: str, model: str, examples: int, router: str, k: int | None, p: float | None,
+    kernel: str, temperature: float | None, dtype: str, batch_size: int, write: Path | None, assume_same_base: bool,
+    json: bool,
 ) -> None:  # fmt: skip
     """The comparison of the demo's bank."""
     from ..answer import Answerer
@@ -156,10 +157,10 @@ def compare(
     adapters = load_bank(bank, assume_same_base)
     given = with_adapter(tasks, adapters)
     rows = pick_examples(given, examples)
-    router = open_router(index, adapters, k, p, kernel, temperature)
-    router.index.check_template(given)
+    opened = open_router(index, adapters, k, p, kernel, temperature, router)
+    opened.index.check_template(given)
     loaded, tokenizer, base = load_model(model, dtype)
-    comparison, summary = table(Answerer(loaded, tokenizer, adapters, router, base), given, rows, batch_size)
+    comparison, summary = table(Answerer(loaded, tokenizer, adapters, opened, base), given, rows, batch_size)
     if json:
         stdout.print_json(data=summary)
     else:
