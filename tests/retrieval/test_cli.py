@@ -94,6 +94,7 @@ def test_bad_use_of_route(tasks, tmp_path):
         (["text", "--p", 2], "p is 2"),
         (["text", "--kernel", "rbf"], "known: exp"),
         ([" "], "empty"),
+        (["text", "--exclude", "spma"], "--exclude spma: not a task of .*; it has cooking, spam, weather"),
         (["text", *(a for name in WORDS for a in ("--exclude", name))], "no task left"),
     ]:
         with pytest.raises(LoralloyError, match=message):

@@ -329,3 +329,12 @@ def test_light_import():
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     heavy = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert not {"chromadb", "sentence_transformers", "transformers", "torch", "matplotlib"} & set(heavy.split())
+
+
+def test_an_index_keeps_its_template(tasks, embedder, tmp_path):
+    with Index.build(tmp_path / "i", tasks[:1], embedder, "exact", template="hinted") as index:
+        assert index.manifest.template == "hinted"
+    with Index.build(tmp_path / "i", tasks, embedder, "exact") as index:  # no template named: the one it has
+        assert index.manifest.template == "hinted" and len(index.names) == len(tasks)
+    with Index.build(tmp_path / "new", tasks[:1], embedder, "exact") as index:
+        assert index.manifest.template == "both"

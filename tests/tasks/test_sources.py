@@ -88,6 +88,8 @@ def test_own_splits_of_files(tmp_path: Path) -> None:
     assert texts(write(tmp_path, source={"files": files}, splits={"test": 2, "validation": 2}), "test") != texts(
         task, "test"
     )
+    with fails("`splits.validation` is null .*give a number of rows"):
+        write(tmp_path, source={"files": files}, splits={"validation": None}).rows()
     jsonl(tmp_path / "va.jsonl", [{"text": "new", "label": "a"}])
     task = write(tmp_path, source={"files": {**files, "validation": "va.jsonl"}}, splits={"test": 9, "validation": 9})
     assert texts(task, "validation") == ["new"] and len(task.examples("train")) == 5 and len(task.examples("test")) == 3

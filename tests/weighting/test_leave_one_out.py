@@ -9,7 +9,7 @@ from loralloy.errors import LoralloyError
 from loralloy.weighting import Router, TunedRouter, fall_back, nucleus
 from loralloy.weighting.leave_one_out import Rows, brier, leave_one_out, nucleus_rows
 from loralloy.weighting.tuned import task_mass, tune
-from loralloy.weighting.unlike import Unlike
+from loralloy.weighting.unlike import Unlike, usable_threshold
 from loralloy.weights import Weights
 
 
@@ -149,3 +149,17 @@ def test_tasks_count_the_same_whatever_their_rows():
     assert [shares[labels == t].sum() for t in (0, 1)] == pytest.approx([0.5, 0.5])
     assert rows.shares(np.array([0, 1, 4])) == pytest.approx([0.25, 0.25, 0.5])
     assert sorted(np.bincount(labels[rows.sample(3)])) == [3, 3]
+
+
+def test_the_score_does_not_depend_on_k(build, questions):
+    index = build()
+    unlike = TunedRouter(index).fit().unlike
+    few = Router(index, k=1, unlike=unlike).weigh_batch(questions)
+    many = Router(index, k=30, unlike=unlike).weigh_batch(questions)
+    assert [w.explain["unlike"] for w in few] == [w.explain["unlike"] for w in many]
+    assert all(w.explain["found"] == 1 and len(w.names) == 1 for w in few)
+
+
+@pytest.mark.parametrize("template, expected", [("both", 0.99), ("hinted", 1.0), ("raw", 1.0)])
+def test_one_kind_of_rows_gives_no_fall_back(template, expected):
+    assert usable_threshold(0.99, template) == expected

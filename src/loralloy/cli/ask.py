@@ -22,7 +22,17 @@ from .common import (
     load_model,
     parse_rank,
 )  # fmt: skip
-from .route import KOption, NoFallback, POption, RouterOption, TemperatureOption, UnlikeOption, body, unlike_line
+from .route import (
+    UNLIKE,
+    KOption,
+    NoFallback,
+    POption,
+    RouterOption,
+    TemperatureOption,
+    UnlikeOption,
+    body,
+    unlike_line,
+)
 
 if TYPE_CHECKING:
     from ..answer import Answer
@@ -51,7 +61,7 @@ def ask(
     p: POption = None,
     kernel: Kernel = "exp",
     temperature: TemperatureOption = None,
-    unlike: UnlikeOption = 0.99,
+    unlike: UnlikeOption = UNLIKE,
     no_fallback: NoFallback = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of a free answer.")] = 32,
     dtype: DtypeOption = "auto",
@@ -66,7 +76,7 @@ def ask(
     from ..console import console
     from ..console import out as stdout
     from ..merging import get_rule
-    from ..weighting.unlike import check_threshold
+    from ..weighting.unlike import check_threshold, usable_threshold
     from ..weights import Weights
 
     threshold = check_threshold(1.0 if no_fallback else unlike)
@@ -80,6 +90,8 @@ def ask(
     given = Weights.load(weights) if weights else None
     needed = given is None or template not in ("auto", "none")  # a template by name is looked up in the index
     opened = open_router(index, adapters, k, p, kernel, temperature, router, threshold < 1) if needed else None
+    if opened and unlike == UNLIKE:  # what was asked for by name is obeyed
+        threshold = usable_threshold(threshold, opened.index.manifest.template)
     if opened and not json and opened.index.names and set(opened.index.names) - set(adapters.names):
         left = ", ".join(sorted(set(opened.index.names) - set(adapters.names)))
         console.print(

@@ -55,7 +55,9 @@ def evaluate(
     ] = None,
     rows: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--rows", min=1, help="Suite: at most so many test rows a task, for a quick look."),
+        typer.Option(
+            "--rows", min=1, help="Suite: at most so many test rows a task, for a quick look (in a folder of its own)."
+        ),
     ] = None,
     shard: Annotated[
         Optional[str],  # noqa: UP045
@@ -117,11 +119,13 @@ def run(
     from ..console import out as stdout
     from ..evaluation.suite import Results, Suite, overridden, parse_shard, run_suite, terminal_tables
     from ..evaluation.suite.cells import cells_of
+    from ..evaluation.suite.schema import DEFAULT
     from ..tasks import load_tasks
 
     suite = Suite.load(path)
-    cut = {name: min(n, rows) for name, n in suite.fields.rows.items()} if rows else None
-    suite = overridden(suite, rows=cut, out=str(out.absolute()) if out else None, batch_size=batch_size)
+    cut = {name: min(n, rows) for name, n in ({DEFAULT: rows} | suite.fields.rows).items()} if rows else None
+    place = str(out.absolute()) if out else f"{suite.out}-rows{rows}" if rows else None  # a quick look replaces no cell
+    suite = overridden(suite, rows=cut, out=place, batch_size=batch_size)
     if only:
         suite = suite.only([name.strip() for entry in only for name in entry.split(",") if name.strip()])
     ran = run_suite(suite, shard=parse_shard(shard) if shard else None, jobs=jobs)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ..errors import LoralloyError
 from .common import Kernel
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ TemperatureOption = Annotated[
 UnlikeOption = Annotated[
     float, typer.Option(help="Use the base model alone when the question is more unlike the index than this, 0 to 1.")
 ]
+UNLIKE = 0.99
 NoFallback = Annotated[bool, typer.Option("--no-fallback", help="Use adapters however unlike the question is.")]
 
 
@@ -40,7 +42,7 @@ def route(
     p: POption = None,
     kernel: Kernel = "exp",
     temperature: TemperatureOption = None,
-    unlike: UnlikeOption = 0.99,
+    unlike: UnlikeOption = UNLIKE,
     no_fallback: NoFallback = False,
     exclude: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Leave this task out; repeatable.")] = None,
     embedder: Annotated[
@@ -59,10 +61,14 @@ def route(
     from ..console import console, out
     from ..retrieval import Embedder, Index
     from ..weighting import fall_back, open_weigher
-    from ..weighting.unlike import check_threshold
+    from ..weighting.unlike import check_threshold, usable_threshold
 
     threshold = check_threshold(1.0 if no_fallback else unlike)
     with Index.open(index, Embedder(embedder)) as opened:
+        if unknown := sorted(set(exclude or ()) - set(opened.names)):
+            raise LoralloyError(f"--exclude {unknown[0]}: not a task of {index}; it has {', '.join(opened.names)}")
+        if no_fallback or unlike == UNLIKE:  # what was asked for by name is obeyed
+            threshold = usable_threshold(threshold, opened.manifest.template)
         with console.status("fitting the router to the index"):  # once an index: it is kept there
             weigher = open_weigher(
                 opened, router, k=k, p=p, kernel=kernel, temperature=temperature, show=neighbours, unlike=threshold < 1

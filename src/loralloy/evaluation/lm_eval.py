@@ -89,6 +89,10 @@ class LoralloyLM(HFLM):
             adapters.check_weights(self._fixed)
         self._exclude = tuple(part for part in exclude.split("+") if part)
         self._weigher = _weigher(index, router, routing, adapters, embedder) if index is not None else None
+        if self._weigher is not None and (unknown := sorted(set(self._exclude) - set(self._weigher.index.names))):
+            raise LoralloyError(
+                f"exclude={unknown[0]}: not a task of the index; it has {', '.join(self._weigher.index.names)}"
+            )
         self._routes: dict[str, Weights] = {}
         self._requests: list[tuple[list[int], Weights]] | None = None  # tokens and weights of the rows that run now
         self._text = ""  # what a rolling request is routed by: its parts do not carry their text

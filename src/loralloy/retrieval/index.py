@@ -82,7 +82,7 @@ class Index:
         store: str = "chroma",
         rows: int = ROWS,
         seed: int = 0,
-        template: str = "both",
+        template: str | None = None,
         *,
         overwrite: bool = False,
         progress: bool = False,
@@ -91,18 +91,21 @@ class Index:
 
         Parameters: `store`, ``"chroma"`` or ``"exact"``; at most `rows` a task, chosen with `seed`; `template`,
         ``"hinted"`` (the task's hint and columns, the paper's), ``"raw"`` (columns only, what users type) or ``"both"``
-        (two vectors a row). Never the answer. An existing index keeps its other tasks and must agree in store, embedder
-        and template; with `overwrite` it is replaced as a whole, once the new one is complete.
+        (two vectors a row; the default of a new index). Never the answer. An existing index keeps its other
+        tasks and must agree in store, embedder and template; with `overwrite` it is replaced as a whole, once the new
+        one is complete.
         """
         folder, tasks = Path(folder), list(tasks)
         check_choice("store", store, STORES)
-        check_choice("template", template, TEMPLATES)
         embedder = embedder or Embedder()
         names = [task.name for task in tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise LoralloyError(f"two tasks are named {twice[0]!r}; names must be unique in an index")
         recover(folder.absolute())
         is_index = (folder / manifests.NAME).is_file()
+        if template is None:
+            template = Manifest.load(folder).template if is_index else "both"
+        check_choice("template", template, TEMPLATES)
         if folder.exists() and not is_index and _foreign(folder):
             raise LoralloyError(f"{folder}: not an index and not empty; choose another folder")
         if is_index and overwrite:

@@ -37,6 +37,10 @@ def load(task: Task) -> tuple[dict[str, list[Row]], list[str]]:
         except LoralloyError as error:
             raise error.within(f"split {name!r}") from error
     parts, shared = apart(parts, drop)
+    if "validation" not in parts and s.validation is None:
+        raise LoralloyError(
+            "`splits.validation` is null (all), but the source has no validation split: give a number of rows"
+        )
     if "validation" not in parts:
         parts |= split(parts["train"], 0, s.validation or 0, s.train, s.seed) | {"test": parts["test"]}
     wanted: dict[str, int | None] = {"test": s.test, "validation": s.validation, "train": s.train}
@@ -54,7 +58,7 @@ def _checked(task: Task, where: str) -> Iterator[Row]:
     """The checked rows of one file, or of one split of the data set."""
     if task.source.dataset is not None:
         folder = task.path.parent if task.path is not None else Path()
-        rows = read_dataset(task.source, folder, where, task.answer, task.values)
+        rows = read_dataset(task.source, folder, where, task.answer if task.answer_as == "text" else "", task.values)
         named = ((f"data set {task.source.dataset}, split {where!r}, row {n}", row) for n, row in rows)
     else:
         path = task.file(where)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +74,7 @@ def train_bank(
             target = bank / task.name
             recover(target)
             if target.exists() and not options.overwrite:
-                run.kept[task.name] = _kept(target, model, config, options)
+                run.kept[task.name] = _kept(target, task, model, config, options)
             else:
                 left.append(task)
         todo = plan(left, model, Path(output), config, options, run)
@@ -86,25 +86,30 @@ def train_bank(
 
             Bank.load(paths)
         if not run.failed and run.logs is not None:
-            shutil.rmtree(run.logs, ignore_errors=True)
+            for log in run.logs.glob("*.log"):  # nothing else: a single adapter's checkpoints may lie there
+                log.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                run.logs.rmdir()
             run.logs = None
     return run
 
 
-def _kept(target: Path, model: str, config: TrainConfig, options: RunOptions) -> dict[str, Any]:
+def _kept(target: Path, task: Task, model: str, config: TrainConfig, options: RunOptions) -> dict[str, Any]:
     """The metrics of a finished adapter. Raises LoralloyError when it was made with other settings or of another base."""
     from ..hub import parse_ref
 
     try:
         metrics: dict[str, Any] = json.loads((target / "metrics.json").read_text(encoding="utf-8"))
         was, base = metrics["training"]["hyperparameters"], metrics["base"]["name"]
+        rows, template = metrics["training"]["rows"], metrics["training"].get("template")
     except (OSError, ValueError, KeyError, TypeError):
         raise LoralloyError(
             f"{target} is there but was not written by `loralloy train`; move it away, or pass --overwrite"
         ) from None
     name, _ = parse_ref(options.base_name or model)
-    now = config.to_dict() | {"base": name}
-    was = was | {"base": base}
+    have = len(task.examples("train", config.limit))
+    now = config.to_dict() | {"base": name, "rows": have, "template": template and task.template_hash()}
+    was = was | {"base": base, "rows": rows, "template": template}
     differ = [f"{k} (then {was.get(k)!r}, now {now[k]!r})" for k in now if was.get(k) != now[k]]
     if differ:
         raise LoralloyError(

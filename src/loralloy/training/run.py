@@ -144,6 +144,8 @@ def _train(
         } | start
         if not mixture.single:
             training["tasks"] = data
+        else:
+            training |= {key: next(iter(data.values()))[key] for key in ("data", "template")}
         metrics["training"] = training | {
             "seconds": log[-1]["seconds"],
             "device": device_.type,

@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import LoralloyError
 from ..retrieval.index import Index
 from ..weights import Weights
-from .unlike import Unlike
+from .unlike import NEAREST, Unlike
 from .weigher import Weighing, neighbours
 
 KERNELS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
@@ -106,26 +106,28 @@ class Router(Weighing):
         return {"router": "kernel", "k": self.k, "p": self.p, "kernel": self.kernel, "temperature": self.temperature}
 
     def _weigh(self, vectors: np.ndarray, dropped: list[str]) -> list[Weights]:
-        found = self.index.search(vectors, self.k, dropped, self.only)
+        # the score of being unlike the index reads its own number of neighbours, whatever k is
+        found = self.index.search(vectors, max(self.k, NEAREST if self.unlike else 1), dropped, self.only)
         shown = neighbours(self.index, *found, self.show)
         return [
-            self._weights(ids, distances, tasks, near, dropped)
+            self._weights(ids, distances, tasks, near[: self.k], dropped)
             for ids, distances, tasks, near in zip(*found, shown, strict=True)
         ]
 
     def _weights(
         self, ids: list[str], distances: np.ndarray, tasks: list[str], near: list[dict[str, Any]], exclude: list[str]
     ) -> Weights:
-        similarity = kernel(distances, self.kernel, self.temperature)
+        near_enough = distances[: self.k]
+        similarity = kernel(near_enough, self.kernel, self.temperature)
         by_task: dict[str, list[float]] = {}
-        for task, s in zip(tasks, similarity.tolist(), strict=True):
+        for task, s in zip(tasks[: self.k], similarity.tolist(), strict=True):
             by_task.setdefault(task, []).append(s)
         mass = {task: math.fsum(parts) for task, parts in by_task.items()}
         explain: dict[str, Any] = {
             "neighbours": near,
             "mass": dict(sorted(mass.items(), key=lambda item: (-item[1], item[0]))),
             "k": self.k,
-            "found": len(ids),
+            "found": len(near_enough),
             "p": self.p,
             "kernel": self.kernel,
             "temperature": self.temperature,

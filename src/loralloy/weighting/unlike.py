@@ -49,6 +49,11 @@ class Unlike:
         return int(np.searchsorted(sample, reach, side="left")) / (len(sample) + 1)
 
 
+def usable_threshold(threshold: float, template: str) -> float:
+    """`threshold`, or 1 (never fall back) for an index of one kind of rows: there the other kind of query is unlike all."""
+    return check_threshold(threshold) if template == "both" else 1.0
+
+
 def check_threshold(threshold: float) -> float:
     """`threshold` itself. Raises LoralloyError when it is not in (0, 1]."""
     if not 0 < threshold <= 1:

@@ -152,8 +152,15 @@ def test_other_cells_are_left_out_by_name(suite):
     evidence = load(suite, samples=200)
     said = " ".join(evidence.remarks)
     assert "the suite has no such cell: older__raw__in_domain__0" in said
-    assert "other settings than the suite now has: ties__raw__in_domain__0" in said
+    assert "other settings, rows, index or code than the suite now has: ties__raw__in_domain__0" in said
     assert evidence.missing == ["ties__raw__in_domain__0"]
+    for change in ({"rows_a_task": 3}, {"made_of": {"engine": 0}}, {"made_of": {"index": [1, "raw", "exact"]}}):
+        cell.path(suite.out).write_text(json.dumps(data | change))  # of other rows, code or index
+        assert load(suite, samples=200).missing == ["ties__raw__in_domain__0"]
+    cell.path(suite.out).write_text(json.dumps(data | {"made_of": {"base": "b", "bank": "new", "data": "d"}}))
+    old = next(c for c in cells_of(suite) if c.name == "ties__hinted__in_domain__0").path(suite.out)
+    old.write_text(json.dumps(json.loads(old.read_text()) | {"made_of": {"base": "b", "bank": "old", "data": "d"}}))
+    assert "2 different kinds of bank" in " ".join(load(suite, samples=200).remarks)
 
 
 def test_no_cells(suite, tmp_path):

@@ -16,6 +16,7 @@ from ..suite.cells import Cell, cells_of, read_cell
 from ..suite.method import Method, Query, Scope
 from ..suite.results import Key, Results, TaskDifference
 from ..suite.schema import Suite
+from ..suite.workbench import ENGINE
 
 SAMPLES = 10_000
 CONTROLS = ("task_average", "shuffled")
@@ -161,7 +162,7 @@ def load(suite: Suite, folder: Path | None = None, samples: int = SAMPLES) -> Ev
             unplanned.append(path.stem)
             continue
         data = read_cell(path)
-        if data.get("settings") != cell.method.settings:
+        if data.get("settings") != cell.method.settings or _stale(data, suite, cell):
             other.append(path.stem)
             continue
         found.append(data | {"heading": cell.method.title()})
@@ -171,7 +172,13 @@ def load(suite: Suite, folder: Path | None = None, samples: int = SAMPLES) -> Ev
     if unplanned:
         remarks.append(f"Left out, since the suite has no such cell: {_names(unplanned)}.")
     if other:
-        remarks.append(f"Left out, since they were made with other settings than the suite now has: {_names(other)}.")
+        remarks.append(
+            f"Left out, since they were made with other settings, rows, index or code than the suite now has: {_names(other)}."
+        )
+    for part in ("base", "bank", "data"):
+        made = {data["made_of"][part] for data in found if data.get("made_of") and data["made_of"][part]}
+        if len(made) > 1:
+            remarks.append(f"The cells were made with {len(made)} different kinds of {part}: run the suite again.")
     have = {Path(p).stem for p in paths} - set(unplanned) - set(other)
     missing = [name for name in by_name if name not in have]
     evidence = Evidence(suite, Results(found, tasks), planned, missing, remarks, samples)
@@ -183,6 +190,16 @@ def load(suite: Suite, folder: Path | None = None, samples: int = SAMPLES) -> Ev
                 f"{key.method} ({_protocol(key)}): its seeds have {' and '.join(map(str, sorted(sizes)))} rows."
             )
     return evidence
+
+
+def _stale(data: Mapping[str, Any], suite: Suite, cell: Cell) -> bool:
+    """Whether a cell is of other rows, another index or other code than the suite's now."""
+    made, index = data.get("made_of") or {}, suite.fields.index
+    return (
+        data["rows_a_task"] != suite.rows_of(cell.method)
+        or made.get("engine", ENGINE) != ENGINE
+        or (made.get("index") or [index.rows, index.template, index.store]) != [index.rows, index.template, index.store]
+    )
 
 
 def _protocol(key: Key) -> str:

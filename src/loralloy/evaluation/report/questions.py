@@ -98,7 +98,10 @@ def _best(protocol: Mapping[str, Any]) -> list[Answer]:
         if lead["ahead"]:
             gains = ", ".join(f"{t} ({100 * v:+.0f})" for t, v in rivals[0]["gains"].items())
             words += f". {rivals[0]['heading']} gains most on {gains}"
-        found.append(Answer(question, BEST, words, "no" if lead["ahead"] else "yes"))
+        missing = protocol["rivals_missing"]
+        words += f". Not in this comparison: {', '.join(missing)}" if missing else ""
+        verdict = "no" if lead["ahead"] else "yes, of those run" if missing else "yes"
+        found.append(Answer(question, BEST, words, verdict))
     return found
 
 

@@ -53,9 +53,13 @@ def quality(evidence: Evidence) -> list[dict[str, Any]]:
 
     Means and standard deviations are over the seeds of the index; `confusion` is the mean weight by own task and adapter.
     """
-    rows = []
+    rows, seen = [], set()
     for query in evidence.suite.fields.queries:
         for method in weighers(evidence):
+            key = evidence.results.find(method.name, query, "in_domain")
+            if key in seen:  # its answers depend on no query
+                continue
+            seen.add(key)
             if (found := _of(evidence, method, query)) is not None:
                 rows.append(found)
     return rows

@@ -48,6 +48,7 @@ def table(evidence: Evidence, query: Query, scope: Scope, advance: Advance | Non
         "query": query, "scope": scope, "rows": rows, "best": best and best["method"],
         "against": {name: m.name for name, m in against.items() if m},
         "leads": _leads(evidence, query, scope, free),
+        "rivals_missing": [r["heading"] for r in rows if r["kind"] in RIVALS and not (r["average"] and r["same_rows"])],
         "not_run": [m.title() for m in evidence.methods if not evidence.plans(m, query, scope)],
     }  # fmt: skip
 

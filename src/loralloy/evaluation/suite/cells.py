@@ -13,7 +13,7 @@ from ...atomic import atomic_file
 from ...errors import LoralloyError
 from .method import Method, Query, Scope
 from .schema import Suite
-from .workbench import Workbench, short_hash
+from .workbench import ENGINE, Workbench, short_hash
 
 if TYPE_CHECKING:
     from ...tasks import Example
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from .run import Run
 
 VERSION = 1
-ENGINE = 1
-"""Raised when a change of the code changes answers: cells of another number are made again."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,22 @@ def fingerprint(cell: Cell, bench: Workbench) -> str:
     if "multitask" in uses and bench.multitask is not None:
         parts["multitask"] = bench.multitask.content_hash
     if "index" in uses:
-        parts["index"] = [fields.index.rows, fields.index.template, bench.embedder.identity]
+        parts["index"] = [fields.index.rows, fields.index.template, fields.index.store, bench.embedder.identity]
     if "formats" in uses:
         parts["formats"] = {name: bench.base_format(name) for name in bench.tasks}
     return "sha256:" + short_hash(parts)
+
+
+def made_of(cell: Cell, bench: Workbench) -> dict[str, Any]:
+    """What a report can compare without loading a model; None where the cell does not depend on it."""
+    uses, index = cell.method.uses, bench.suite.fields.index
+    return {
+        "engine": ENGINE,
+        "base": bench.base.fingerprint if "model" in uses else None,
+        "bank": short_hash({n: a.content_hash for n, a in bench.bank.items()}) if "bank" in uses else None,
+        "data": short_hash({name: bench.data_hash(name) for name in bench.tasks}),
+        "index": [index.rows, index.template, index.store] if "index" in uses else None,
+    }
 
 
 def _versions(*names: str) -> dict[str, str]:
@@ -128,6 +138,7 @@ def write_cell(
         "scope": cell.scope,
         "seed": cell.seed,
         "fingerprint": mark,
+        "made_of": made_of(cell, bench),
         "settings": cell.method.settings,
         "routing": run.routing,
         "rows_a_task": bench.suite.rows_of(cell.method),

@@ -159,9 +159,11 @@ class Results:
         for cell in self.of(key):
             for row in cell["rows"]:
                 weights = row["weights"]
-                if not weights:
+                if weights is None:
                     continue
                 n += 1
+                if not weights:  # left to the base: no weight on its own task
+                    continue
                 top += max(weights, key=lambda name: weights[name]) == row["task"]
                 own += weights.get(row["task"], 0.0)
                 used += len(weights)

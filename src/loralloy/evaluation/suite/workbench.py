@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ...retrieval.embed import TextEncoder
     from ...tasks import Example, Task
 
+ENGINE = 1
+"""Raised when a change of the code changes answers: cells, and what is cached for them, of another number are made again."""
 CACHE_BYTES = 2 << 30  # of merged adapters a process, on the GPU
 
 
@@ -260,11 +262,11 @@ class Workbench:
 
     def once(self, what: str, identity: Any, make: Callable[[], str]) -> str:
         """`make()`'s text, kept in the cache folder under what it is of: made by one process, read by the others."""
-        return once(self.cache / f"{what}-{short_hash(identity)}.json", make)
+        return once(self.cache / f"{what}-{short_hash([ENGINE, identity])}.json", make)
 
     def once_path(self, what: str, identity: Any, suffix: str = ".safetensors") -> tuple[Path, Path]:
         """For larger things (a trained router): the file to write, atomically, and the lock to hold meanwhile."""
-        path = self.cache / f"{what}-{short_hash(identity)}{suffix}"
+        path = self.cache / f"{what}-{short_hash([ENGINE, identity])}{suffix}"
         return path, path.with_name(f".{path.name}.lock")
 
     def prepare(self, methods: Sequence[Method], progress: bool = False) -> None:
