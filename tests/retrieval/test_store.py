@@ -174,3 +174,23 @@ def test_chroma_is_set_up_as_said(tmp_path):
     assert [row[0] for row in found] == ids
     np.testing.assert_allclose([row[1] for row in found], distances, atol=1e-5)
     store.close()
+
+
+@pytest.mark.slow
+def test_chroma_reopens_beyond_sqlites_limit(tmp_path):
+    """SQLite answers a query of at most 32,766 variables: an index of more rows must still open, and give all its vectors."""
+    pytest.importorskip("chromadb")
+    from loralloy.retrieval.chroma import ChromaStore
+
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(33_000, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    ids = [f"t/train/{n}" for n in range(len(vectors))]
+    store = ChromaStore(tmp_path / "c")
+    store.add("t", ids, vectors, ids)
+    store.close()
+    again = ChromaStore(tmp_path / "c")
+    assert again.tasks() == {"t": 33_000}
+    found, read, _ = again.vectors()
+    assert found == sorted(ids) and np.abs(read[found.index(ids[7])] - vectors[7]).max() < 1e-6
+    again.close()

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import LoralloyError
 from .store import Neighbours, Rows, check_query, check_rows, nearest
 
-BATCH = 4000  # Chroma takes 5,461 rows a call at most
+BATCH = 4000  # Chroma takes 5,461 rows a call at most, and SQLite 32,766 in one answer
 # Cosine, since the default is l2. The rest buys recall where tasks form islands, as they do with hints: at 200, 400, 32
 # one query of 700 lost half of its neighbours. benchmarks/recall.py measures what is left to lose at k = 100.
 HNSW = {"space": "cosine", "ef_construction": 400, "ef_search": 1000, "max_neighbors": 64}
@@ -54,8 +54,8 @@ class ChromaStore:
 
     def _load_labels(self) -> None:
         total = self._rows.count()
-        for offset in range(0, total, 10 * BATCH):
-            page = self._rows.get(limit=10 * BATCH, offset=offset, include=["metadatas"])
+        for offset in range(0, total, BATCH):
+            page = self._rows.get(limit=BATCH, offset=offset, include=["metadatas"])
             self._labels.update(zip(page["ids"], (m["task"] for m in page["metadatas"]), strict=True))
 
     def add(self, task: str, ids: Sequence[str], vectors: np.ndarray, texts: Sequence[str]) -> None:
