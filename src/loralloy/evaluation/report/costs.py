@@ -27,7 +27,7 @@ def costs(evidence: Evidence) -> list[dict[str, Any]]:
         hits, misses = (sum(c["cache"][name] for c in cells) for name in ("hits", "misses"))
         sizes = [(c["adapter_bytes"]["mean"], c["adapter_bytes"]["n"]) for c in cells if c.get("adapter_bytes")]
         peaks = [(c["peak_bytes"], c.get("held_bytes")) for c in cells if c.get("peak_bytes") is not None]
-        fresh = n - reused
+        fresh = n - reused if 2 * reused <= n else 0  # of a few rows left over from other methods no time can be told
         ms = {
             "weigh": 1000 * seconds["weigh"] / n,
             "compose": 1000 * seconds["compose"] / fresh if fresh else None,

@@ -176,8 +176,13 @@ def mass(summary: Mapping[str, Any]) -> bytes | None:
     for panel, query in zip(axes[0], queries, strict=True):
         _labels(panel, named.get(query, []))
     axes[0][0].set_ylabel("accuracy minus the own adapter's, points", fontsize=9)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(methods), fontsize=9, frameon=False)
+    legend: dict[str, Any] = {}  # a method may be in one panel alone
+    for panel in axes[0]:
+        handles, labels = panel.get_legend_handles_labels()
+        legend.update(zip(labels, handles, strict=True))
+    figure.legend(
+        list(legend.values()), list(legend), loc="outside upper center", ncols=len(methods), fontsize=9, frameon=False
+    )
     return _png(figure)
 
 

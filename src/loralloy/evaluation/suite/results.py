@@ -183,7 +183,8 @@ class Results:
         peaks = [c["peak_bytes"] for c in cells if c["peak_bytes"] is not None]
         fresh = rows - sum(c["cache"]["answers"] for c in cells)
         seconds: dict[str, float | None] = {
-            phase: sum(c["seconds"][phase] for c in cells) / n if n else None
+            # of a few rows left over from other methods no time can be told
+            phase: sum(c["seconds"][phase] for c in cells) / n if n and 2 * n >= rows else None
             for phase, n in (("weigh", rows), ("compose", fresh), ("answer", fresh))
         }
         return seconds | {
