@@ -23,7 +23,7 @@ def index(real_model_folder, real_bank_folder, tmp_path_factory):
     if not all((ROOT / ".assets" / "data" / f"{Path(t).stem}.jsonl").is_file() for t in tasks):
         pytest.skip(".assets/data is missing; run `make setup`")
     said = loralloy("index", *tasks, "-o", folder, "--rows", 100)
-    assert "3 tasks, 300 rows; store chroma, template hinted, embedder all-MiniLM-L6-v2" in said
+    assert "3 tasks, 300 rows; store chroma, template both, embedder all-MiniLM-L6-v2" in said
     return folder
 
 
