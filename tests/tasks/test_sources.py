@@ -194,3 +194,21 @@ def test_several_right_answers_are_references(tmp_path: Path) -> None:
 def test_wrong_fields(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with fails(r"toy\.yaml: .*" + message):
         write(tmp_path, **changes)
+
+
+def test_a_group_in_two_of_the_own_files_is_an_error(tmp_path: Path) -> None:
+    rows = [{**row, "passage": f"Passage {n // 2}"} for n, row in enumerate(ROWS)]
+    jsonl(tmp_path / "train.jsonl", rows[:5])
+    jsonl(tmp_path / "test.jsonl", rows[5:])
+    source = {"files": {"train": "train.jsonl", "test": "test.jsonl"}}
+    splits = {"test": None, "validation": 1, "train": None, "seed": 0}
+    assert len(write(tmp_path, source=source, splits=splits).examples("train")) == 4
+    grouped = splits | {"group": "passage"}
+    with fails(
+        r"toy.*`splits.group`: 1 group\(s\) of train \(train.jsonl\) .* in test \(test.jsonl\), e.g. 'passage 2'"
+    ):
+        write(tmp_path, source=source, splits=grouped).examples("train")
+    dropped = write(tmp_path, source=source | {"repeats": "drop"}, splits=grouped)
+    found = {split: set(texts(dropped, split)) for split in SPLITS}
+    assert found["test"] == {f"text {n}" for n in (5, 6, 7)}
+    assert "text 4" not in found["train"] | found["validation"] and len(found["train"]) in (2, 3)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loralloy.errors import LoralloyError
-from loralloy.tasks.splits import Row, apart, deduplicate, normalise, split, without_conflicts
+from loralloy.tasks.splits import Row, apart, deduplicate, groups_apart, normalise, split, without_conflicts
 
 words = st.text(alphabet="abcABC ßﬁİ\t", min_size=1, max_size=6).filter(str.strip)
 
@@ -86,6 +86,35 @@ def test_own_splits_are_kept_apart() -> None:
     assert kept == {"test": rows("A ", "x"), "validation": rows("b", "y"), "train": rows("c", "d")}
     assert counts == {"validation, also in test": 1, "train, also in test": 1, "train, also in validation": 1}
     assert apart({"train": rows("a"), "test": rows("b")}) == ({"train": rows("a"), "test": rows("b")}, {})
+
+
+def test_groups_of_own_splits_are_kept_apart() -> None:
+    def rows(*pairs: str) -> list[Row]:
+        return [Row((pair,), "a", group=pair[1:]) for pair in pairs]
+
+    parts = {
+        "train": rows("aP", "bp ", "cQ", "dR", "eV", "f", "g"),
+        "test": rows("hp", "iR", "j"),
+        "validation": rows("kV", "lr"),
+    }
+    where = {"train": "train.jsonl", "test": "test.csv", "validation": "dev.jsonl"}
+    with pytest.raises(
+        LoralloyError, match=r"1 group\(s\) of validation \(dev.jsonl\) are also in test \(test.csv\), e.g. 'r'"
+    ):
+        groups_apart(parts, where)
+    with pytest.raises(
+        LoralloyError, match=r"2 group\(s\) of train \(train.jsonl\) are also in test \(test.csv\), e.g. 'p'"
+    ):
+        groups_apart({name: parts[name] for name in ("train", "test")}, where)
+    kept, counts = groups_apart(parts, where, drop=True)
+    assert kept == {"test": parts["test"], "validation": rows("kV"), "train": rows("cQ", "f", "g")}
+    assert counts == {
+        "validation, group also in test": 1,
+        "train, group also in test": 3,
+        "train, group also in validation": 1,
+    }
+    apart_already = {"train": rows("aP", "bP", "c"), "test": rows("dQ", "e")}  # no group is no group in common
+    assert groups_apart(apart_already, where) == (apart_already, {})
 
 
 def test_normalising_keeps_columns_apart() -> None:

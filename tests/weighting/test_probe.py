@@ -1,4 +1,4 @@
-"""The linear probe: against scikit-learn without whitening, its laws, and what is kept beside the index."""
+"""The probe: the linear one against its gradient, the router's laws, and what is kept beside the index."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import pytest
 
 from loralloy.errors import LoralloyError
 from loralloy.weighting import ProbeRouter, Router, TunedRouter, fitted, nucleus, open_weigher
+from loralloy.weighting.calibration import calibration_error, log_loss, softmax, squared_distances
 from loralloy.weighting.choose import fit_all
-from loralloy.weighting.leave_one_out import Rows
-from loralloy.weighting.linear_probe import Probe, _solve, calibration_error, fit_probe, log_loss, softmax
+from loralloy.weighting.leave_one_out import Rows, brier
+from loralloy.weighting.linear_probe import solve
+from loralloy.weighting.probe_fit import Design, Probe, fit_probe
 
 
 def same(a, b):
@@ -23,7 +25,7 @@ def test_the_solution_is_a_minimum(build):
     """The gradient of balanced log-loss + L2 (in whitened coordinates), written out in float64, is about 0."""
     rows = Rows.of(build())
     every = np.arange(len(rows.labels))
-    (weight, bias), (weaker, _) = _solve(rows, (0.02, 5.0), every)
+    (weight, bias), (weaker, _) = solve(rows, (0.02, 5.0), every)
     x, own, share = rows.vectors.astype(np.float64), rows.labels, rows.shares()
     means = np.stack([x[own == t].mean(0) for t in range(3)])
     spread = x - means[own]
@@ -44,14 +46,19 @@ def test_measures_by_hand():
     p = np.array([[0.9, 0.1], [0.9, 0.1], [0.55, 0.45], [0.55, 0.45]])
     assert calibration_error(p, np.array([0, 0, 0, 1])) == pytest.approx((0.1 + 0.05) / 2)
     assert calibration_error(np.eye(2), np.array([0, 1])) == 0
+    scores = squared_distances(p, np.array([0, 0, 0, 1]))
+    np.testing.assert_allclose(scores, [2 * 0.1**2, 2 * 0.1**2, 2 * 0.45**2, 2 * 0.55**2])
+    assert scores.mean() == pytest.approx(brier(p, [0, 0, 0, 1], np.full(4, 0.25)))
 
 
 def test_weights_are_the_probabilities_after_the_nucleus(build, questions):
     index = build()
     router = ProbeRouter(index, p=0.8)
     probe, vectors = router.fit(), index.embed(questions)
-    logits = vectors.astype(np.float64) @ probe.weight.T.astype(np.float64) + probe.bias
-    p = softmax(logits / probe.temperature)
+    x = vectors.astype(np.float64)
+    for n, (weight, bias) in enumerate(probe.layers):
+        x = (np.maximum(x, 0) if n else x) @ weight.T.astype(np.float64) + bias
+    p = softmax(x / probe.temperature)
     for weights, row in zip(router.weigh_vectors(vectors), p, strict=True):
         mass = dict(zip(probe.tasks, row, strict=True))
         assert weights.explain["mass"] == pytest.approx(mass, rel=1e-4) and weights.source == "probe"
@@ -59,7 +66,7 @@ def test_weights_are_the_probabilities_after_the_nucleus(build, questions):
         assert 0 <= weights.explain["unlike"] <= 1 and len(weights.explain["neighbours"]) == 5
     flat = ProbeRouter(index, p=1.0, temperature=1e4).weigh(questions[0])
     assert max(w for _, w in flat.items()) < 0.45  # of three
-    assert set(router.settings) == {"router", "p", "temperature", "C", "calibration temperature"}
+    assert set(router.settings) == {"router", "p", "temperature", "calibration temperature", *probe.design.settings}
 
 
 def test_the_probe_knows_the_tasks_by_both_kinds_of_query(build, tasks):
@@ -69,19 +76,20 @@ def test_the_probe_knows_the_tasks_by_both_kinds_of_query(build, tasks):
         right = [w.names[0] == e.task for w, e in zip(router.weigh_batch(texts), rows, strict=True)]
         assert np.mean(right) > 0.85
     report = router.fit().report
-    assert report["held out"] == 36 and set(report) == {"held out", "hinted", "raw"}
+    assert report["held out"] == 36 and set(report) == {"held out", "hinted", "raw", "brier"}
     assert report["raw"]["top1"] > 0.8 and 0 <= report["raw"]["calibration_error"] < 0.3
 
 
 @pytest.mark.parametrize("kind", ["probe", "kernel", "paper"])
 def test_leaving_a_task_out_is_an_index_without_it(build, questions, kind):
-    """`exclude`, `exclude_each` and `only` against an index that never held the task; same C and temperature."""
+    """`exclude`, `exclude_each` and `only` against an index that never held the task; same design and temperature."""
     index, small = build(), build("cooking", "weather")
     router = open_weigher(index, kind)
     if kind == "probe":
         whole, alone = ProbeRouter(index), ProbeRouter(small)
-        want = fit_probe(Rows.of(small), (whole.fit().strength, whole.fit().temperature))
-        np.testing.assert_allclose(whole.fit(["spam"]).weight, want.weight, atol=1e-5)
+        want = fit_probe(Rows.of(small), (whole.fit().design, whole.fit().temperature))
+        for made, wanted in zip(whole.fit(["spam"]).layers, want.layers, strict=True):
+            np.testing.assert_allclose(made[0], wanted[0], atol=1e-5)
         assert whole.fit(["spam"]).tasks == ("cooking", "weather")
         assert same(
             ProbeRouter(index, only=["cooking", "weather"]).weigh_batch(questions), alone.weigh_batch(questions)
@@ -193,7 +201,8 @@ def test_open_weigher(build):
 
 
 def test_temperature_divides_the_logits():
-    probe = Probe(("a", "b"), np.eye(2, dtype=np.float32), np.zeros(2, np.float32), 0.5, 1.0)
+    linear = (np.eye(2, dtype=np.float32), np.zeros(2, np.float32))
+    probe = Probe(("a", "b"), (linear,), 0.5, Design(0, 1.0))
     np.testing.assert_allclose(
         probe.probabilities(np.array([[1.0, 0.0]])), [[1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))]]
     )

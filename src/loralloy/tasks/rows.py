@@ -10,7 +10,7 @@ from ..console import progress
 from ..errors import LoralloyError
 from .cells import cell, choice, row_options, value
 from .sources import read_dataset, read_rows
-from .splits import Row, apart, deduplicate, in_order, split
+from .splits import Row, apart, deduplicate, groups_apart, in_order, split
 
 if TYPE_CHECKING:
     from .task import Task
@@ -37,6 +37,7 @@ def load(task: Task) -> tuple[dict[str, list[Row]], list[str]]:
         except LoralloyError as error:
             raise error.within(f"split {name!r}") from error
     parts, shared = apart(parts, drop)
+    parts, grouped = groups_apart(parts, own, drop)
     if "validation" not in parts and s.validation is None:
         raise LoralloyError(
             "`splits.validation` is null (all), but the source has no validation split: give a number of rows"
@@ -47,7 +48,7 @@ def load(task: Task) -> tuple[dict[str, list[Row]], list[str]]:
     cut = {name: in_order(part, s.seed)[: wanted[name]] for name, part in parts.items()}
     for empty in (name for name, part in cut.items() if not part and wanted[name] != 0):
         raise LoralloyError(f"no row is left in split {empty!r}; check `source`, or set `splits.{empty}` to 0")
-    return cut, _remarks(counts | shared)
+    return cut, _remarks(counts | shared | grouped)
 
 
 def _remarks(counts: Mapping[str, int]) -> list[str]:

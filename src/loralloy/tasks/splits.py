@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,38 @@ def apart(parts: dict[str, list[Row]], drop: bool = False) -> tuple[dict[str, li
         raise LoralloyError(
             f"the source's own splits share texts ({said}), e.g. {example}: what is tested would be trained on; say "
             "`repeats: drop` in `source` (each stays in test, or else in validation), or give one file to divide by hash"
+        )
+    return kept, counts
+
+
+def groups_apart(
+    parts: dict[str, list[Row]], where: Mapping[Any, str], drop: bool = False
+) -> tuple[dict[str, list[Row]], dict[str, int]]:
+    """As :func:`apart`, for groups: no group in two of a source's own splits. Rows without a group are left alone.
+
+    `where` names each split's file (or the data set's split). With `drop` a group's rows stay in test, or else in
+    validation. Raises LoralloyError with the files, a group and the way out.
+    """
+    kept: dict[str, list[Row]] = {}
+    counts: dict[str, int] = {}
+    seen: dict[str, str] = {}
+    said: dict[tuple[str, str], list[str]] = {}
+    for name in (name for name in SPLITS if name in parts):
+        kept[name] = []
+        for row in parts[name]:
+            other = seen.setdefault(_group(row), name) if row.group else name
+            if other == name:
+                kept[name].append(row)
+                continue
+            said.setdefault((name, other), []).append(row.group)
+            counts[f"{name}, group also in {other}"] = counts.get(f"{name}, group also in {other}", 0) + 1
+    if said and not drop:
+        (name, other), groups = next(iter(said.items()))
+        number = len({normalise([group]) for group in groups})
+        raise LoralloyError(
+            f"`splits.group`: {number} group(s) of {name} ({where[name]}) are also in {other} ({where[other]}), e.g. "
+            f"{_shown(normalise(groups[:1]))}: what is tested would be trained on; say `repeats: drop` in `source` (their rows "
+            "stay in test, or else in validation), correct the files, or leave `splits.group` out"
         )
     return kept, counts
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..retrieval.index import Index
 
 KINDS = ("auto", "paper", "kernel", "probe")
+FITS = {"paper": 1, "kernel": 1, "probe": 2, "auto": 2}
+"""Raised when a kind's fit, and so its weights, change: what is kept of an earlier number is made again."""
 PAPER: dict[str, Any] = {"k": 100, "p": 0.9, "temperature": 1.0}
 
 
@@ -35,11 +37,13 @@ def open_weigher(
 
     ``"paper"``: the retrieval paper's kernel, top-100, exp(-d), p = 0.9 (arXiv 2602.21222), where nothing else is given.
     ``"kernel"``: the same with k, temperature and p chosen by leave-one-out, where not given.
-    ``"probe"``: a linear probe on the stored vectors; `temperature` multiplies its calibrated one, p is 0.9 if not given.
+    ``"probe"``: a probe on the stored vectors, linear or with a hidden layer; `temperature` multiplies its calibrated one,
+    p is 0.9 if not given.
     ``"auto"``: the kernel as given when `k`, `temperature` or `kernel` is; else the probe when the index holds raw texts
     (template "both" or "raw"), and the tuned kernel when it does not: a probe that saw only hints misreads raw text.
 
-    `unlike` adds ``explain["unlike"]`` to the paper's kernel too (a leave-one-out pass, once an index); the others have it.
+    `unlike` adds ``explain["unlike"]`` to the paper's kernel too (a leave-one-out pass, once an index), and to the probe where a
+    query leaves tasks out (one more such pass for them); otherwise the tuned ones have it.
     Raises LoralloyError for an unknown kind, a value out of range, or an option that the kind does not have.
     """
     if kind not in KINDS:
@@ -54,7 +58,9 @@ def open_weigher(
     if kind == "probe":
         if k is not None:
             raise LoralloyError("the probe has no neighbours to count: drop k, or pass --router kernel")
-        return ProbeRouter(index, only, 0.9 if p is None else p, 1.0 if temperature is None else temperature, show)
+        return ProbeRouter(
+            index, only, 0.9 if p is None else p, 1.0 if temperature is None else temperature, show, unlike
+        )
     if kind == "kernel":
         return TunedRouter(index, only, k, p, temperature, show)
     given = {"k": k, "p": p, "temperature": temperature}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..retrieval.index import Index
 
 FOLDER = "fitted"
-VERSION = 1  # of the fits; a change in how they are made takes the next number
+VERSION = 2  # of the fits; a change in how they are made takes the next number
 
 
 def key_of(index: Index, tasks: Collection[str] | None = None) -> str:

@@ -1,8 +1,9 @@
-"""Weights from the linear probe: calibrated probabilities of the tasks, then the paper's nucleus."""
+"""Weights from a probe: calibrated probabilities of the tasks, then the paper's nucleus."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from ..weights import Weights
 from . import fitted
 from .leave_one_out import Rows
-from .linear_probe import Probe, fit_probe
+from .probe_fit import Design, Probe, fit_probe
 from .retrieved import Router, nucleus
 from .subsets import Subsets
 from .tuned import Tuned, fit_kernel
@@ -22,37 +23,39 @@ if TYPE_CHECKING:
     from ..retrieval.index import Index
 
 
-def fit(index: Index, names: Sequence[str], read: Callable[[], Rows], chosen: tuple[float, float] | None) -> Probe:
-    """:func:`fit_probe` on the rows of tasks `names`, kept in the index folder (a fit with a given C apart)."""
-    kind = "probe" if chosen is None else "probe_" + hashlib.sha256(repr(chosen).encode()).hexdigest()[:8]
+def fit(index: Index, names: Sequence[str], read: Callable[[], Rows], chosen: tuple[Design, float] | None) -> Probe:
+    """:func:`fit_probe` on the rows of tasks `names`, kept in the index folder (a fit of a given design apart)."""
+    kind = "probe"
+    if chosen is not None:
+        design, temperature = chosen
+        given = json.dumps([design.units, design.penalty, temperature])
+        kind += "_" + hashlib.sha256(given.encode()).hexdigest()[:8]
     if kept := fitted.load(index, kind, names):
         data, arrays = kept
-        return Probe(
-            tuple(data["tasks"]),
-            arrays["weight"],
-            arrays["bias"],
-            data["temperature"],
-            data["strength"],
-            data["report"],
-        )
+        layers = tuple((arrays[f"weight{n}"], arrays[f"bias{n}"]) for n in range(len(arrays) // 2))
+        design = Design(data["units"], data["penalty"])
+        return Probe(tuple(data["tasks"]), layers, data["temperature"], design, data["report"])
     probe = fit_probe(read(), chosen)
     data = {
         "tasks": list(probe.tasks),
         "temperature": probe.temperature,
-        "strength": probe.strength,
+        "units": probe.design.units,
+        "penalty": probe.design.penalty,
         "report": probe.report,
     }
-    fitted.save(index, kind, names, data, {"weight": probe.weight, "bias": probe.bias})
+    arrays = {f"weight{n}": weight for n, (weight, _) in enumerate(probe.layers)}
+    arrays |= {f"bias{n}": bias for n, (_, bias) in enumerate(probe.layers)}
+    fitted.save(index, kind, names, data, arrays)
     return probe
 
 
 class ProbeRouter(Weighing):
-    """Weights by a multinomial logistic regression on the index's vectors (:func:`fit_probe`), cut by the nucleus.
+    """Weights by a probe of the index's vectors, linear or with a hidden layer (:func:`fit_probe`), cut by the nucleus.
 
-    A task that is left out takes no part: the regression is fitted again without its rows and its class (seconds, once;
-    only C and the temperature, two numbers, stay those of the whole index or of `only`). `temperature` multiplies the
+    A task that is left out takes no part: the probe is fitted again without its rows and its class (seconds, once; only
+    the design and the temperature, a few numbers, stay those of the whole index or of `only`). `temperature` multiplies the
     calibrated one; `show`: how many nearest rows explain a weight. ``explain["unlike"]`` is there unless tasks are left out
-    of a query (it would take a leave-one-out pass without them).
+    of a query; with `unlike` it is there too, for a leave-one-out pass without them.
     """
 
     def __init__(
@@ -62,9 +65,11 @@ class ProbeRouter(Weighing):
         p: float = 0.9,
         temperature: float = 1.0,
         show: int = 5,
+        unlike: bool = False,
     ) -> None:
         Router(index, p=p, temperature=temperature, show=show)  # checks
         self.index, self.only, self.p, self.temperature, self.show = index, only, p, temperature, show
+        self.unlike = unlike
         self._probes = Subsets(index, only, self._fit)
         self._kernels = Subsets(index, only, lambda names, read: fit_kernel(index, names, read))
 
@@ -73,7 +78,7 @@ class ProbeRouter(Weighing):
         if names == whole:
             return fit(self.index, names, read, None)
         of_all = self.fit()
-        return fit(self.index, names, read, (of_all.strength, of_all.temperature))
+        return fit(self.index, names, read, (of_all.design, of_all.temperature))
 
     def fit(self, dropped: Collection[str] = ()) -> Probe:
         """The probe of the index without the tasks `dropped`."""
@@ -90,9 +95,9 @@ class ProbeRouter(Weighing):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options, and what cross-validation chose."""
+        """The options, and what held-out rows chose."""
         probe = self.fit()
-        chosen = {"C": probe.strength, "calibration temperature": probe.temperature}
+        chosen = probe.design.settings | {"calibration temperature": probe.temperature}
         return {"router": "probe", "p": self.p, "temperature": self.temperature} | chosen
 
     def _weigh(self, vectors: np.ndarray, dropped: list[str]) -> list[Weights]:
@@ -102,7 +107,7 @@ class ProbeRouter(Weighing):
         masses /= masses.sum(axis=1, keepdims=True)
         found = self.index.search(vectors, max(NEAREST, self.show), dropped, self.only)
         shown = neighbours(self.index, *found, self.show)
-        unlike = None if dropped else self.tuned().unlike
+        unlike = self._kernels.without(dropped)[1].unlike if self.unlike or not dropped else None
         result = []
         for row, near, ids, distances in zip(masses.tolist(), shown, found[0], found[1], strict=True):
             mass = dict(sorted(zip(probe.tasks, row, strict=True), key=lambda item: (-item[1], item[0])))
@@ -115,7 +120,7 @@ class ProbeRouter(Weighing):
             }
             if unlike is not None:
                 explain["unlike"] = unlike.score(ids, distances)
-            else:
+            if dropped:
                 explain["exclude"] = dropped
             result.append(Weights(nucleus(mass, self.p), "probe", explain))
         return result

@@ -13,7 +13,7 @@ from loralloy.adapter import Adapter
 from loralloy.errors import LoralloyError
 from loralloy.evaluation.report import case_study, load, summarise
 from loralloy.evaluation.report.blocks import markdown
-from loralloy.evaluation.report.case import OUR_OPTIONS, PAPER_OPTIONS, QUESTION, read_case
+from loralloy.evaluation.report.case import OUR_OPTIONS, PAPER_OPTIONS, QUESTION, read_case, stale_parts
 from loralloy.evaluation.report.pages import blocks
 from loralloy.evaluation.suite import Suite
 
@@ -71,6 +71,35 @@ def test_scores_are_those_of_the_model(asked):
         scores = score_options(model, tokenizer, [data["prompt"]], [form["options"]])[0]
     noted = next(s["scores"] for s in form["strategies"] if (s["method"], s["query"]) == ("linear", "raw"))
     assert noted == pytest.approx(scores.tolist(), abs=5e-3)
+
+
+def test_what_it_was_made_of(asked):
+    """A case study of the cells' base, bank, data, index and of the suite's methods is not remarked upon; another is."""
+    from loralloy.bank import Bank
+    from loralloy.evaluation.suite.workbench import ENGINE, short_hash
+
+    suite, path, data, _ = asked
+    made, index = data["made_of"], suite.fields.index
+    assert set(made) == {"engine", "base", "bank", "data", "index", "methods"}
+    assert (made["engine"], made["index"]) == (ENGINE, [index.rows, index.template, index.store])
+    assert made["bank"] == short_hash({n: a.content_hash for n, a in Bank.load(suite.fields.bank).items()})
+    cells = [{"made_of": {name: part for name, part in made.items() if name != "methods"}}, {}]
+    assert stale_parts(data, suite, cells) == []
+    assert stale_parts(data, Suite(suite.fields, suite.methods[:-1], suite.path), cells) == ["methods"]
+    cells[0]["made_of"] |= {"bank": "another", "index": [1, "raw", "exact"]}
+    assert stale_parts(data, suite, cells) == ["bank", "index"]
+    evidence = load(suite, samples=100)
+    assert not any("case study" in remark for remark in summarise(evidence, suite.out)["remarks"])
+    text = path.read_text()
+    try:
+        path.write_text(json.dumps(data | {"made_of": made | {"methods": "others"}}))
+        assert summarise(evidence, suite.out)["remarks"][-1] == (
+            "The case study was made with other methods than the suite has; make it again with --case."
+        )
+        path.write_text(json.dumps({name: value for name, value in data.items() if name != "made_of"}))
+        assert "does not say what it was made of" in summarise(evidence, suite.out)["remarks"][-1]
+    finally:
+        path.write_text(text)
 
 
 def test_on_the_page(asked):

@@ -129,8 +129,8 @@ class Routed(Composed):
     def weights(self, run: Run, examples: Sequence[Example]) -> list[dict[str, float]]:
         """The routed weights of each example; none for one that is unlike everything."""
         weigher = self.weigher.model_dump(exclude_none=True)
-        if self.unlike is not None and self.weigher.kind == "paper":
-            weigher["unlike"] = True  # the others have the score anyway
+        if self.unlike is not None and self.weigher.kind != "kernel":
+            weigher["unlike"] = True  # the tuned kernel has the score anyway
         return [
             {} if self.unlike is not None and w.explain["unlike"] > self.unlike else dict(w.items())
             for w in run.weigh(weigher, examples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,8 @@ def case_study(suite: Suite, folder: Path | None = None, advance: Callable[[str]
     """Ask the question with the suite's model, bank and index (its first seed) and write ``case.json`` beside the cells.
 
     Each routed method of the suite, base, own adapter and uniform composition answers, for both sets of options and each of
-    the suite's query kinds. Neighbours' texts are not kept. Raises LoralloyError when the suite has no task
-    ``commonsense_qa`` of one text column, and for what loading model, bank and index can raise.
+    the suite's query kinds. Neighbours' texts are not kept; what it was made of is, as a cell's is. Raises LoralloyError when
+    the suite has no task ``commonsense_qa`` of one text column, and for what loading model, bank and index can raise.
     """
     from ..suite.runner import overridden
     from ..suite.workbench import Workbench
@@ -57,13 +57,49 @@ def case_study(suite: Suite, folder: Path | None = None, advance: Callable[[str]
         data = {
             "version": VERSION, "question": QUESTION, "task": TASK, "prompt": example(task, OUR_OPTIONS, "").prompt,
             "seed": suite.fields.index.seeds[0], "model": Path(suite.fields.model).name, "dtype": str(bench.model.dtype),
-            "forms": forms,
+            "made_of": _made_of(bench), "forms": forms,
         }  # fmt: skip
     finally:
         bench.close()
     path = (folder or suite.out) / FILE
     atomic_file(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     return path
+
+
+def _asked(suite: Suite) -> list[Method]:
+    return [method for method in suite.methods if method.kind in ("routed", "base", "perfect", "uniform")]
+
+
+def _made_of(bench: Workbench) -> dict[str, Any]:
+    """As the cells of the methods that are asked have it, and the hash of these methods' settings."""
+    from ..suite.cells import Cell, made_of
+
+    made: dict[str, Any] = {}
+    for method in _asked(bench.suite):
+        parts = made_of(Cell(method, None, None, None), bench)
+        made |= {name: part for name, part in parts.items() if part is not None}
+    return made | {"methods": _methods(bench.suite)}
+
+
+def _methods(suite: Suite) -> str:
+    from ..suite.workbench import short_hash
+
+    return short_hash([[method.name, method.settings] for method in _asked(suite)])
+
+
+def stale_parts(case: Mapping[str, Any], suite: Suite, cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What a case study was made of that the suite's cells, or its methods now, are not: "bank", "index", "methods"...;
+    ["unknown"] for one that does not say."""
+    made = case.get("made_of")
+    if not isinstance(made, dict):
+        return ["unknown"]
+    of_cells: dict[str, list[Any]] = {}
+    for cell in cells:
+        for name, part in (cell.get("made_of") or {}).items():
+            if part is not None:
+                of_cells.setdefault(name, []).append(part)
+    stale = [name for name, part in made.items() if name in of_cells and part not in of_cells[name]]
+    return [*stale, *(["methods"] if made.get("methods") != _methods(suite) else [])]
 
 
 def example(task: Task, options: tuple[str, ...], answer: str) -> Example:
@@ -88,9 +124,7 @@ def _form(
     strategies: list[dict[str, Any]] = []
     for query in bench.suite.fields.queries:
         weights += _weights(bench, row, query, seed)
-        for method in bench.suite.methods:
-            if method.kind not in ("routed", "base", "perfect", "uniform"):
-                continue
+        for method in _asked(bench.suite):
             if "query" not in method.depends and any(s["method"] == method.name for s in strategies):
                 continue
             strategies.append(_answer(bench, method, row, query, seed))

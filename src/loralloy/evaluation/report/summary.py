@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...tasks import Task
-from .case import read_case
+from .case import read_case, stale_parts
 from .costs import costs
 from .evidence import Evidence
 from .mistakes import analyse
@@ -56,9 +56,17 @@ def summarise(
     tell("errors")
     made["mistakes"] = analyse(evidence, tags)
     made["costs"] = costs(evidence)
-    made["case"] = read_case(folder)
+    made["case"] = case = read_case(folder)
+    if case and (stale := stale_parts(case, suite, evidence.results.cells)):
+        made["remarks"] = [*made["remarks"], _stale_case(stale)]
     made["questions"] = [answer._asdict() for answer in answers(made)]
     return rounded(made)  # type: ignore[no-any-return]
+
+
+def _stale_case(parts: list[str]) -> str:
+    if parts == ["unknown"]:
+        return "The case study does not say what it was made of; make it again with --case."
+    return f"The case study was made with other {', '.join(parts)} than the suite has; make it again with --case."
 
 
 def _last(path: str | None) -> str | None:

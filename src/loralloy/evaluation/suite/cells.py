@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ... import __version__
 from ...atomic import atomic_file
 from ...errors import LoralloyError
+from ...weighting.choose import FITS
 from .method import Method, Query, Scope
 from .schema import Suite
 from .workbench import ENGINE, Workbench, short_hash
@@ -86,6 +87,9 @@ def fingerprint(cell: Cell, bench: Workbench) -> str:
         parts["multitask"] = bench.multitask.content_hash
     if "index" in uses:
         parts["index"] = [fields.index.rows, fields.index.template, fields.index.store, bench.embedder.identity]
+    weigher = getattr(cell.method, "weigher", None)
+    if weigher is not None and FITS[weigher.kind] > 1:
+        parts["fits"] = FITS[weigher.kind]
     if "formats" in uses:
         parts["formats"] = {name: bench.base_format(name) for name in bench.tasks}
     return "sha256:" + short_hash(parts)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import LoralloyError
+from ...weighting.choose import FITS
 from ...weights import Weights
 from .answering import Answering
 from .method import Query, Scope
@@ -126,6 +127,8 @@ class Run(Answering):
             {name: entry.content_hash for name, entry in self.index.tasks.items()}, self.bank.names,
             [e.id for e in examples], {e.task: bench.data_hash(e.task) for e in examples},
         ]  # fmt: skip
+        if (fits := FITS[weigher.get("kind", "paper")]) > 1:
+            identity.append(fits)
         held = json.loads(bench.once("weights", identity, lambda: self._weigh(weigher, examples)))
         self.seconds["weigh"] += held["seconds"]
         self.routing = held["routing"]
