@@ -10,7 +10,21 @@ import pytest
 from loralloy import __version__
 from loralloy.cli import app
 
-COMMANDS = {"ask", "route", "merge", "rules", "export", "inspect", "index", "train", "evaluate", "report", "demo"}
+COMMANDS = {
+    "ask",
+    "route",
+    "merge",
+    "rules",
+    "export",
+    "inspect",
+    "index",
+    "train",
+    "evaluate",
+    "report",
+    "demo",
+    "tada",
+    "learn",
+}
 
 
 def test_these_are_the_commands():

@@ -28,7 +28,7 @@ def sdist(tasks: dict[str, list[dict[str, object]]]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for path, examples in {"other": [], **tasks, "z": []}.items():
             content = json.dumps({"examples": examples}).encode()
-            info = tarfile.TarInfo(suite_readers._PATH.format(path))
+            info = tarfile.TarInfo(suite_readers.PATH.format(path))
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
@@ -90,7 +90,7 @@ def test_a_large_sdist_is_fetched_once_and_read_in_one_pass(
     monkeypatch.setattr(archives, "Streamed", counted)
     target = tmp_path / "data"
     assert packaged.build(target, ["sports", "winowhy"]) == {"sports": 2, "winowhy": 1}
-    assert passes == [[suite_readers._PATH.format(path) for path in ("sports_understanding", "winowhy")]]
+    assert passes == [[suite_readers.PATH.format(path) for path in ("sports_understanding", "winowhy")]]
     rows = [json.loads(line) for line in (target / "winowhy.jsonl").read_text(encoding="utf-8").splitlines()]
     sentence, _, reason = WHY.partition(" The 'he'")
     assert rows == [{"sentence": sentence, "reason": "The 'he'" + reason, "label": "correct"}]
@@ -127,10 +127,10 @@ def test_what_can_go_wrong_is_said(index: dict[str, tuple[str, bytes]], tmp_path
 
 def test_rows_are_chosen_by_hash_and_length() -> None:
     rows = [{"text": f"row {n} " + "word " * n, "label": "a"} for n in range(40)]
-    chosen = list(suite_readers._chosen(rows, ("text",), most=5, words=30))
-    assert chosen == list(suite_readers._chosen(rows[::-1], ("text",), most=5, words=30))
+    chosen = list(suite_readers.chosen(rows, ("text",), most=5, words=30))
+    assert chosen == list(suite_readers.chosen(rows[::-1], ("text",), most=5, words=30))
     assert len(chosen) == 5 and all(len(row["text"].split()) <= 30 for row in chosen)
-    more = list(suite_readers._chosen(rows, ("text",), most=6, words=30))
+    more = list(suite_readers.chosen(rows, ("text",), most=6, words=30))
     assert more[:5] == chosen
 
 

@@ -8,7 +8,22 @@ import sys
 import typer
 
 from ..errors import LoralloyError
-from . import ask, demo, evaluate, export, index, inspect, merge, report, route, rules, train
+from . import (
+    ask,
+    continual,
+    demo,
+    evaluate,
+    export,
+    index,
+    inspect,
+    learn,
+    merge,
+    report,
+    route,
+    rules,
+    tada,
+    train,
+)
 
 app = typer.Typer(
     name="loralloy",
@@ -18,9 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (ask, route, merge, rules, inspect, index, train, evaluate, report, export, demo):
+for module in (ask, route, merge, learn, tada, rules, inspect, index, train, evaluate, report, export, demo):
     command = getattr(module, module.__name__.rsplit(".", 1)[-1])
     app.command(cls=getattr(module, "COMMAND", None))(command)
+app.add_typer(continual.app, name="continual")
 
 
 @app.callback(invoke_without_command=True)

@@ -54,7 +54,7 @@ def _inference(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _pad(rows: Sequence[Sequence[int]], pad: int, device: Any, left: bool) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: Sequence[Sequence[int]], pad: int, device: Any, left: bool) -> tuple[Tensor, Tensor]:
     """``(ids, mask)``, both int64 [rows, longest]."""
     import torch
 
@@ -68,11 +68,11 @@ def _pad(rows: Sequence[Sequence[int]], pad: int, device: Any, left: bool) -> tu
     return ids.to(device), mask.to(device)
 
 
-def _pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Any) -> int:
     return int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))
 
 
-def _check_room(model: Any, longest: int) -> None:
+def check_room(model: Any, longest: int) -> None:
     """Raise LoralloyError for more tokens than the model has positions for: its answers would be noise, and say nothing."""
     room = getattr(model.config, "max_position_embeddings", None)
     if room and longest > room:
@@ -133,8 +133,8 @@ def score_options(
                 known[text] = encode_answer(tokenizer, text)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     pairs = zip(prompt_ids, options, strict=True)
-    _check_room(model, max((len(ids) + max(len(known[text]) for text in row) for ids, row in pairs), default=0))
-    device, pad = model.get_input_embeddings().weight.device, _pad_id(tokenizer)
+    check_room(model, max((len(ids) + max(len(known[text]) for text in row) for ids, row in pairs), default=0))
+    device, pad = model.get_input_embeddings().weight.device, pad_id(tokenizer)
     results: list[Tensor] = [torch.empty(0)] * len(prompts)
 
     with _inference(model):
@@ -142,7 +142,7 @@ def score_options(
             tokens = [[known[text] for text in options[i]] for i in batch]
             # (row in the batch, option, ids) of what one token cannot decide
             longer = [(r, o, ids) for r, row in enumerate(tokens) for o, ids in enumerate(row) if len(ids) > 1]
-            ids, mask = _pad([prompt_ids[i] for i in batch], pad, device, left=True)
+            ids, mask = pad_rows([prompt_ids[i] for i in batch], pad, device, left=True)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             with hook(batch):
                 output = model(
@@ -186,8 +186,8 @@ def _score_rest(
 
     rows = torch.tensor([r for r, _, _ in part], device=mask.device)
     cache.batch_select_indices(rows)
-    ids, own = _pad([ids[:-1] for _, _, ids in part], pad, mask.device, left=False)
-    targets, _ = _pad([ids[1:] for _, _, ids in part], 0, mask.device, left=False)
+    ids, own = pad_rows([ids[:-1] for _, _, ids in part], pad, mask.device, left=False)
+    targets, _ = pad_rows([ids[1:] for _, _, ids in part], 0, mask.device, left=False)
     before = mask[rows]
     positions = before.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=mask.device)
     with hook([batch[r] for r, _, _ in part]):
@@ -224,12 +224,12 @@ def generate(
 
     hook: RowsHook = rows_hook or (lambda indices: contextlib.nullcontext())
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    _check_room(model, max(map(len, prompt_ids), default=0) + max_new_tokens)
-    device, pad, ends = model.get_input_embeddings().weight.device, _pad_id(tokenizer), _ends(model, tokenizer)
+    check_room(model, max(map(len, prompt_ids), default=0) + max_new_tokens)
+    device, pad, ends = model.get_input_embeddings().weight.device, pad_id(tokenizer), _ends(model, tokenizer)
     results = [""] * len(prompts)
     with _inference(model):
         for batch in _batches(prompt_ids, batch_size):
-            ids, mask = _pad([prompt_ids[i] for i in batch], pad, device, left=True)
+            ids, mask = pad_rows([prompt_ids[i] for i in batch], pad, device, left=True)
             positions, cache = (mask.cumsum(1) - 1).clamp(min=0), None
             written: list[list[int]] = [[] for _ in batch]
             open_rows = set(range(len(batch)))

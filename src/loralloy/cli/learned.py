@@ -1,0 +1,109 @@
+"""What `loralloy learn` prints and records of a result."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..bank import Bank
+    from ..weighting.learned import Learned
+    from ..weighting.measured import Figures
+    from .learn import Asked
+
+
+def record(asked: Asked, result: Learned, measured: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
+    """For the weights file: the strategy, and figures of the base, of equal weights and of these, by domain."""
+    figures = {name: {d or "all": f.to_dict() for d, f in of.items()} for name, of in measured.items()}
+    return {
+        "strategy": asked.strategy, "rule": str(asked.rule), "space": asked.space,
+        "seconds": round(result.seconds, 2), "examples": figures,
+    }  # fmt: skip
+
+
+def show(
+    asked: Asked,
+    result: Learned,
+    measured: Mapping[str, Mapping[str, Figures]],
+    bank: Bank,
+    given: Sequence[str],
+    out: Path,
+) -> None:
+    """Bars of the weights, how the run went, loss and accuracy before and after, and what to do next."""
+    from ..console import out as stdout
+    from .explain import weights_table
+
+    def line(text: str) -> None:
+        stdout.print(text, markup=False, soft_wrap=True)
+
+    stdout.print(weights_table(result.weights, bank))
+    if measured:
+        stdout.print(_table(measured))
+    for text in _said(asked, result):
+        line(text)
+    line(f"wrote {out}")
+    line(f"next: {_merge(asked, given, out)}")
+
+
+def _table(measured: Mapping[str, Mapping[str, Figures]]) -> Any:
+    """A row a domain, loss and accuracy of every composition; the last row is all of them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    first = next(iter(measured.values()))
+    what = "loss" if first[""].kind == "answer" else "entropy"
+    accurate = any(f.accuracy is not None for f in first.values())
+    table = Table(box=None, pad_edge=False, header_style="dim", title="on the examples", title_justify="left")
+    table.add_column("domain", no_wrap=True)
+    table.add_column("n", justify="right")
+    for name in measured:
+        table.add_column(f"{what},\n{name}", justify="right", no_wrap=True)
+    for name in measured if accurate else ():
+        table.add_column(f"accuracy,\n{name}", justify="right", no_wrap=True)
+    domains = [d for d in first if d]
+    for domain in [*(domains if len(domains) > 1 else ()), ""]:
+        every = [of[domain] for of in measured.values()]
+        row = [f"{f.loss:.3f}" for f in every]
+        if accurate:
+            row += ["-" if f.accuracy is None else f"{f.accuracy:.2f}" for f in every]
+        style = "bold" if not domain else ""
+        table.add_row(*(Text(cell, style) for cell in (domain or "all", str(every[0].n), *row)))
+    return table
+
+
+def _said(asked: Asked, result: Learned) -> list[str]:
+    """How the run went, a line each."""
+    settings, last = result.settings, result.history[result.best_step]
+    rule = f"rule {asked.rule}, {asked.space} space"
+    if asked.strategy == "regmean":
+        errors = ", ".join(f"{name} {error:.3f}" for name, error in settings["error"].items())
+        return [f"{rule}; relative error of the sum on each domain's inputs: {errors}; {result.seconds:.1f} s"]
+    if asked.strategy == "search":
+        return [
+            f"{rule}; {settings['evaluations']} evaluations, the best was number {result.best_step + 1}; {result.seconds:.1f} s"
+        ]
+    steps = len(result.history) - 1
+    lines = [f"{rule}; from {result.start_scale:.2f} each, {steps} steps; {result.seconds:.1f} s"]
+    if settings["hold_out"]:
+        before = result.history[0]["held_out"]
+        lines.append(
+            f"{settings['hold_out']} of {settings['rows']} examples were held out: their loss went from {before:.3f} to "
+            f"{last['held_out']:.3f}, at step {result.best_step}, which was kept"
+        )
+    else:
+        lines.append("none were held out: the figures above are of what was learned from")
+    return lines
+
+
+def _merge(asked: Asked, given: Sequence[str], out: Path) -> str:
+    """The command that merges with these weights, as they were measured."""
+    from ..adapter import CONFIG_FILE
+
+    folders = [Path(g).is_dir() and not (Path(g) / CONFIG_FILE).is_file() for g in given]  # of adapters; or adapters
+    words = [shlex.quote(g.rstrip("/")) + "/*" * many for g, many in zip(given, folders, strict=True)]
+    own = [f"--{name.replace('_', '-')} {value}" for name, value in asked.rule.given.items()]
+    rank = asked.given.get("rank", "full")
+    parts = [*words, "--weights", shlex.quote(str(out)), "--rule", asked.rule.name, *own, "--space", asked.space]
+    return f"loralloy merge {' '.join(parts)} --rank {rank} -o merged"

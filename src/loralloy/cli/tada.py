@@ -1,0 +1,268 @@
+"""`loralloy tada`: a task adapter and a domain adapter in, one adapter out, gated by what the base does on the domain's texts."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from ..errors import LoralloyError
+from .common import DtypeOption, Json, OptionalPath, SameBase, load_model, parse_rank
+
+if TYPE_CHECKING:
+    from ..weighting.gating import Gate
+    from ..weighting.tada import Outcome
+
+PROBE, GATE, MERGE = "Probe", "Gate", "Merge"
+
+
+def tada(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TASK DOMAIN...", help="Adapter folders or org/name@revision: the task's, then the domain's."
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option("--model", "-m", envvar="LORALLOY_MODEL", help="Base model: folder or org/name@revision.")
+    ],
+    calibration: Annotated[
+        Path,
+        typer.Option(
+            "--calibration", "-c", help="The domain's texts (.jsonl, .csv, .tsv, .parquet); no labels are read."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    inputs: Annotated[int, typer.Option(min=1, help="How many texts are drawn.", rich_help_panel=PROBE)] = 32,
+    column: Annotated[str, typer.Option(help="The column that holds the text.", rich_help_panel=PROBE)] = "text",
+    general: Annotated[
+        OptionalPath, typer.Option(help="Texts of no domain; without it the built-in ones.", rich_help_panel=PROBE)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the texts drawn, and of --gate shuffled.", rich_help_panel=PROBE)] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts of one forward.", rich_help_panel=PROBE)] = 8,
+    max_length: Annotated[
+        int, typer.Option(min=1, help="Tokens of a text that are read.", rich_help_panel=PROBE)
+    ] = 512,
+    model_dtype: DtypeOption = "auto",
+    gate: Annotated[
+        str, typer.Option(help="probe, norm, uniform, ramp, falling or shuffled.", rich_help_panel=GATE)
+    ] = "probe",
+    reference: Annotated[str, typer.Option(help="general, base or none.", rich_help_panel=GATE)] = "general",
+    temperature: Annotated[float, typer.Option(help="Large makes the adapters alike.", rich_help_panel=GATE)] = 2.0,
+    smooth: Annotated[float, typer.Option(help="Width of the mean over depth, in layers.", rich_help_panel=GATE)] = 1.0,
+    standardise: Annotated[str, typer.Option(help="spread, centre or none.", rich_help_panel=GATE)] = "spread",
+    by: Annotated[str, typer.Option(help="module, layer, projection or adapter.", rich_help_panel=GATE)] = "module",
+    form: Annotated[
+        str, typer.Option(help="share: gate all; anchor: the task keeps its weight.", rich_help_panel=GATE)
+    ] = "share",
+    scale: Annotated[
+        str, typer.Option(help='Mean weight of each adapter, such as "1,0.5"; else 1.', rich_help_panel=GATE)
+    ] = "",
+    rule: Annotated[str, typer.Option(help="Any rule of `loralloy rules`.", rich_help_panel=MERGE)] = "tada",
+    conflict: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="shared, owned, cosine, opposed, output or none; see `loralloy rules tada`.",
+            rich_help_panel=MERGE,
+            show_default="shared",
+        ),
+    ] = None,
+    threshold: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="How strong a conflict must be, 0 to 1.", rich_help_panel=MERGE, show_default="0.1"),
+    ] = None,
+    rank: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A number, max (the largest parent's) or full.", rich_help_panel=MERGE, show_default="max"),
+    ] = None,
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of the result: fp16, bf16 or fp32.", rich_help_panel=MERGE, show_default="the adapters'"),
+    ] = None,
+    plot: Annotated[OptionalPath, typer.Option(help="A picture of the gates by depth to write (PNG).")] = None,
+    save_weights: Annotated[
+        OptionalPath, typer.Option("--save-weights", help="Write the gates as a weights file for `loralloy merge`.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")] = False,
+    assume_same_base: SameBase = False,
+    json: Json = False,
+) -> None:
+    """Merge a task adapter and a domain adapter by what the base shows on the domain's texts; nothing is trained.
+
+    One pass of the base over the texts says how each adapter would answer, by layer and projection; that gates their weights.
+    What opposes each other is discarded, and the rest is one standard PEFT adapter. Causal language models; others in Python.
+
+    Example: loralloy tada bank/qa bank/biomed -m MODEL -c abstracts.jsonl -o merged --plot gates.png
+    """
+    from ..atomic import check_free
+    from ..bank import Bank
+    from ..console import out as stdout
+    from ..console import progress
+    from ..recipe.job import check_out
+    from ..weighting.gate_view import check_picture, draw
+    from ..weighting.general_texts import GENERAL
+    from ..weighting.probed import text_batches
+    from ..weighting.tada import compose
+
+    chosen, bound = (
+        _gate(gate, reference, temperature, smooth, standardise, by, form, scale, seed),
+        _rule(rule, conflict, threshold),
+    )
+    wanted = parse_rank(rank)
+    check_out(out.absolute(), overwrite)
+    if plot is not None:
+        check_picture(plot, overwrite)
+    if save_weights is not None:
+        check_free(save_weights.absolute(), overwrite)
+    if len(adapters) < 2:
+        raise LoralloyError("one adapter is nothing to gate; give the task's adapter and at least one of the domain")
+    Bank.load(adapters, assume_same_base)  # what is wrong with them is said before the model is loaded
+    texts = draw_texts(calibration, column, inputs, seed)
+    plain = list(GENERAL[:]) if general is None else draw_texts(general, column, inputs, seed)
+    start = time.perf_counter()
+    loaded, tokenizer, base = load_model(model, model_dtype)
+    load = time.perf_counter() - start
+
+    def batches(rows: list[str]) -> Any:
+        return text_batches(tokenizer, rows, batch_size, max_length, next(loaded.parameters()).device)
+
+    with progress() as bar:
+        probing = bar.add_task("probe", total=len(texts) + (len(plain) if chosen.needs_general else 0))
+        merging = bar.add_task(bound.name, total=None)
+        outcome = compose(
+            adapters, loaded, batches(texts), out, general=batches(plain), gate=chosen, rule=bound, rank=wanted, dtype=dtype,
+            base=base, assume_same_base=assume_same_base, overwrite=overwrite,
+            on_inputs=lambda n: bar.advance(probing, n), on_module=lambda _: bar.advance(merging),
+        )  # fmt: skip
+    if save_weights is not None:
+        outcome.weights.save(save_weights, overwrite)
+    if plot is not None:
+        draw(outcome.weights, outcome.readings.modules, plot, overwrite)
+    written = [path for path in (out, save_weights, plot) if path is not None]
+    data = describe(outcome, chosen, str(bound)) | {"written": [str(path) for path in written]}
+    data["seconds"]["load"] = load
+    if json:
+        stdout.print_json(data=data)
+        return
+    _print(outcome, data, stdout)
+    for path in written:
+        stdout.print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
+def _gate(
+    kind: str,
+    reference: str,
+    temperature: float,
+    smooth: float,
+    standardise: str,
+    by: str,
+    form: str,
+    scale: str,
+    seed: int,
+) -> Gate:
+    from ..weighting.gating import Gate
+    from .flags import numbers
+
+    scales = numbers(scale) if scale else []
+    if scales is None:
+        raise LoralloyError(f'--scale {scale!r} is not a list of numbers; write --scale "1,0.5"')
+    choices: Any = (kind, reference, temperature, smooth, standardise, by, form, tuple(scales), seed)
+    return Gate(*choices)
+
+
+def _rule(name: str, conflict: str | None, threshold: float | None) -> Any:
+    from ..merging import get_rule
+
+    given = {key: value for key, value in (("conflict", conflict), ("threshold", threshold)) if value is not None}
+    return get_rule(name)(**given)
+
+
+def draw_texts(path: Path, column: str, count: int, seed: int) -> list[str]:
+    """`count` different texts of a file's column, drawn by `seed`; all of them, in order, where there are no more.
+
+    Raises LoralloyError naming the file, the line and the columns for a row without the column or with an empty cell.
+    """
+    import random
+
+    from ..tasks.sources import read_rows
+
+    texts: dict[str, None] = {}
+    for line, row in read_rows(path):
+        if column not in row:
+            raise LoralloyError(
+                f"{path}, line {line}: no column {column!r}; --column takes one of {', '.join(row) or 'none'}"
+            )
+        text = str(row[column]).strip()
+        if not text or row[column] is None:
+            raise LoralloyError(f"{path}, line {line}: column {column!r} is empty; fill it or remove the row")
+        texts[text] = None
+    if not texts:
+        raise LoralloyError(f"{path} has no text; give the domain's texts, one a row")
+    return list(texts) if len(texts) <= count else random.Random(seed).sample(list(texts), count)
+
+
+def describe(outcome: Outcome, gate: Gate, rule: str) -> dict[str, Any]:
+    """Everything that is printed, as plain data."""
+    from dataclasses import asdict
+
+    from ..weighting.gate_view import by_projection
+    from ..weighting.tada import Conflicts, by_layer
+
+    report = outcome.merged.report
+    return {
+        "adapters": outcome.weights.names,
+        "inputs": outcome.readings.inputs,
+        "tokens": round(float(outcome.readings.tokens.max(1).sum())),
+        "gate": gate.to_dict(),
+        "gates": by_projection(outcome.weights, outcome.readings.modules),
+        "depth": {name: asdict(found) for name, found in outcome.depth.items()},
+        "rule": rule,
+        "rank": outcome.merged.adapter.max_rank,
+        "conflicts": {
+            "all": Conflicts.join(outcome.conflicts.values()).to_dict(),
+            "layers": {str(layer): found.to_dict() for layer, found in by_layer(outcome.conflicts).items()},
+        } if outcome.conflicts else None,
+        "error": {"before_cast": report.error_before_cast, "stored": report.error, "cut": report.cut},
+        "seconds": dict(outcome.seconds),
+        "notes": list(outcome.notes),
+    }  # fmt: skip
+
+
+def _print(outcome: Outcome, data: dict[str, Any], stdout: Any) -> None:
+    from rich.table import Table
+
+    from ..weighting.gate_view import table
+
+    def line(text: str) -> None:
+        stdout.print(text, markup=False, soft_wrap=True)
+
+    names = data["adapters"]
+    line(f"gates of {', '.join(names)} from {data['inputs']} inputs ({data['tokens']} tokens)")
+    stdout.print(table(outcome.weights, outcome.readings.modules))
+    for name, d in data["depth"].items():
+        line(
+            f"log odds of {name} against {names[0]}, last layer less first: {d['slope']:+.3f} "
+            f"(95 % interval over inputs {d['low']:+.3f} to {d['high']:+.3f}); halves of the inputs agree to {d['agreement']:.2f}"
+        )
+    line(f"rule {data['rule']}, rank {data['rank']}")
+    if data["conflicts"]:
+        made = Table(box=None, pad_edge=False)
+        for title in ("layer", "components", "discarded", "directions cleared", "share of the sum removed"):
+            made.add_column(title, justify="left" if title == "layer" else "right")
+        rows = [*data["conflicts"]["layers"].items(), ("all", data["conflicts"]["all"])]
+        for layer, found in rows:
+            counts = (
+                " + ".join(str(found[key].get(n, 0)) for n in names) for key in ("components", "dropped", "cleared")
+            )
+            made.add_row(layer, *counts, f"{found['removed']:.3f}")
+        stdout.print(made)
+    error = data["error"]
+    line(
+        f"relative error of dW against the exact gated sum: {error['before_cast']:.2e} before the cast, {error['stored']:.2e} as "
+        f"stored; of it, the cut to rank {data['rank']} lost {error['cut']:.2e} of the rule's own result"
+    )
+    line("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in data["seconds"].items()))
+    for note in data["notes"]:
+        line(f"note: {note}")

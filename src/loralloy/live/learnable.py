@@ -1,0 +1,203 @@
+"""A bank inside a running model under one composition whose coefficients are a tensor that gradients flow to.
+
+A module computes with W0 + dW(w), dW any entrywise rule's result in any space (see :mod:`loralloy.merging.basis`). Where dW is
+low rank and a gradient is asked for, its factors act on the activations beside the base; otherwise the module's weight is
+W0 + dW for as long as the coefficients are set, made once, so that a forward costs what the base's costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base_ref import BaseRef, compare
+from ..errors import LoralloyError
+from ..merging.basis import Basis, learnable, make_basis
+from ..weights import Weights
+from .fit import check_fit, check_saved_modules
+
+if TYPE_CHECKING:
+    from ..bank import Bank
+    from ..merging.rule import Rule
+
+
+@dataclass
+class _Module:
+    """One module of the base: its basis, and what it computes with at the moment."""
+
+    module: nn.Module
+    kind: str
+    basis: Basis
+    w: Tensor | None = None  # set where the factors act beside the base
+
+    def merge(self, w: Tensor) -> None:
+        """Shadow the parameter: an instance's attribute is found before its parameter, which stays as it is."""
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        turned = self.kind == "embedding" or type(self.module).__name__ == "Conv1D"  # W0 is stored as [in, out]
+        base = weight.detach()
+        base = base.T if turned else base.flatten(1)
+        total = self.basis.combine(w.to(base.device), base)
+        self.module.__dict__["weight"] = total.T if turned else total.view(weight.shape)
+
+    def clear(self) -> None:
+        self.w = None
+        self.module.__dict__.pop("weight", None)
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.w is None:
+            return None
+        return output + self.basis.apply(args[0], self.w).to(output.dtype)
+
+
+class Learnable:
+    """A base model with a bank in it under one composition; gradients flow to the table of coefficients.
+
+    >>> live = Learnable(model, bank, "ties", "delta")                    # doctest: +SKIP
+    >>> with live.at(coefficients()):
+    ...     loss = objective.loss(rows)
+    >>> loss.backward()
+
+    Attributes:
+        names: the adapters, in the order of a table's columns.
+        modules: the modules, in the order of a table's rows.
+        present: [modules, n] bool, which adapter has which module.
+
+    Args:
+        model: any module tree whose module names match the adapters'.
+        bank: adapters of that model.
+        rule, space: as for `merge`; what must be learnable (see :func:`loralloy.merging.basis.learnable`).
+        base: what the loaded model is, where known; it is checked against the bank's.
+        dtype: of the terms; None for the model's on a GPU, float32 on a CPU (float64 for a float64 model).
+        on_module: called with each module's name when its terms are made (progress).
+
+    Raises LoralloyError for another base model, a module the model does not have, shapes that do not fit, whole saved
+    modules, a quantised module, and a rule that cannot be learned through.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: Bank,
+        rule: Rule | str = "linear",
+        space: str | None = None,
+        *,
+        base: BaseRef | None = None,
+        dtype: torch.dtype | None = None,
+        on_module: Callable[[str], None] | None = None,
+    ) -> None:
+        if base is not None and not bank.assume_same_base:
+            verdict, why = compare(bank.base, base)
+            if verdict != "same":
+                raise LoralloyError(
+                    f"the bank's adapters are of {bank.base}, the loaded model is {base}: {why}; load the model the adapters "
+                    "were trained on, or pass --assume-same-base"
+                )
+        self.model, self.bank = model, bank
+        self.rule, self.space = learnable(rule, space)
+        self.names, self.modules = bank.names, bank.modules
+        self.present = torch.tensor([[m in bank[n] for n in self.names] for m in self.modules])
+        found = dict(model.named_modules())
+        for name in self.modules:
+            self._check(name, found.get(name))
+        check_saved_modules(model, bank)
+        weights = {name: found[name].weight for name in self.modules}
+        self._parts: list[_Module] = []
+        self._handles: list[Any] = []
+        self._table: Tensor | None = None
+        bases: dict[str, Basis] = {}
+        places = {name: (w.device, self._dtype(w, dtype)) for name, w in weights.items()}
+        for place in dict.fromkeys(places.values()):
+            here = [name for name, own in places.items() if own == place]
+            bases |= make_basis(bank, here, self.rule, self.space, dtype=place[1], device=place[0], on_module=on_module)
+        for name in self.modules:
+            kind = next(a.outline(name).kind for a in bank.values() if name in a)
+            part = _Module(found[name], kind, bases[name])
+            self._parts.append(part)
+            self._handles.append(found[name].register_forward_hook(part.hook))
+
+    def _check(self, name: str, module: nn.Module | None) -> None:
+        owner = next(n for n in self.names if name in self.bank[n])
+        if module is None:
+            raise LoralloyError(
+                f"adapter {owner!r} has module {name!r}, which the model does not; it is not of this base model"
+            )
+        try:
+            check_fit(name, module, self.bank[owner].outline(name))
+        except LoralloyError as error:
+            raise error.within(f"module {name!r} of adapter {owner!r}") from None
+        if "weight" in module.__dict__:
+            raise LoralloyError(f"module {name!r} holds another composition already; remove() that first")
+        weight = module._parameters.get("weight")
+        if weight is None or not weight.dtype.is_floating_point:
+            raise LoralloyError(
+                f"module {name!r} is a quantised {type(module).__name__}; load the model in float32 or bfloat16 to learn weights"
+            )
+
+    @staticmethod
+    def _dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+        if dtype is not None:
+            return dtype
+        return torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._parts[0].module._parameters["weight"].device  # type: ignore[union-attr]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the terms."""
+        return sum(part.basis.nbytes for part in self._parts)
+
+    def set(self, table: Tensor | Weights | None) -> None:
+        """Set the coefficients: [n] for all modules or [modules, n], or Weights; None for the plain base.
+
+        A table that asks for gradients (while they are enabled) keeps the way to it; any other is merged once.
+        Raises LoralloyError for a table of another shape and for weights that do not fit the bank.
+        """
+        if table is None:
+            self._table = None
+            for part in self._parts:
+                part.clear()
+            return
+        if isinstance(table, Weights):
+            self.bank.check_weights(table)
+            rows = [[table.of(n, m) for n in self.names] for m in self.modules]
+            table = torch.tensor(rows, dtype=torch.float64).to(self.device, torch.float32)
+        n, many = len(self.names), len(self.modules)
+        if tuple(table.shape) not in ((n,), (many, n)):
+            raise LoralloyError(
+                f"the coefficients are {list(table.shape)}; give [{n}] for all modules or [{many}, {n}], one row a module"
+            )
+        flows = torch.is_grad_enabled() and table.requires_grad
+        table = table if flows else table.detach()
+        rows_ = [table] * many if table.ndim == 1 else list(table.unbind(0))
+        self._table = table
+        for part, w in zip(self._parts, rows_, strict=True):
+            part.clear()
+            if flows and part.basis.low_rank and part.kind == "linear":
+                part.w = w.to(part.basis.who.device)
+            else:
+                part.merge(w)
+
+    @contextlib.contextmanager
+    def at(self, table: Tensor | Weights | None) -> Iterator[nn.Module]:
+        """The model under these coefficients inside the block; what was set before is set again after it."""
+        before = self._table
+        self.set(table)
+        try:
+            yield self.model
+        finally:
+            self.set(before)
+
+    def remove(self) -> None:
+        """Take everything out: the model is the plain base again."""
+        self.set(None)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

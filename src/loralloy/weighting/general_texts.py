@@ -1,0 +1,38 @@
+"""Plain English of many kinds, written for this project: what a domain's texts are compared with if nothing else is given."""
+
+from __future__ import annotations
+
+GENERAL = (
+    "The train to the coast leaves at nine every morning and stops at four small stations on the way.",
+    "She opened the window, looked at the sky for a while, and decided to leave the umbrella at home.",
+    "To change a flat tyre, loosen the nuts first, lift the car, and only then take the wheel off.",
+    "The city council voted on Tuesday to repair the old bridge before the winter, at a cost of two million.",
+    "Can you tell me how to get to the nearest post office? I have never been in this part of town.",
+    "Water boils at a lower temperature in the mountains, because the pressure of the air is lower there.",
+    "My brother has two cats. One sleeps on the piano all day, the other one never sits still.",
+    "In 1905 the family moved to a farm near the river, where they kept sheep and grew potatoes.",
+    "def area(width, height):\n    return width * height\n\nprint(area(3, 4))",
+    "Dear Mrs Hill, thank you for your letter of 4 May. We will send the missing parts by the end of this week.",
+    "The company said that sales rose by six percent in the third quarter, while costs stayed about the same.",
+    "Peel the onions, cut them into thin rings, and fry them slowly in butter until they are soft and golden.",
+    "It was already dark when they reached the hut, and nobody had remembered to bring the key.",
+    "A triangle with two equal sides has two equal angles. This is one of the oldest theorems we know.",
+    "Nurses should note the time of each dose, and ask a doctor if the patient complains of pain.",
+    "The second half was much better: three goals in ten minutes, and a save that people still talk about.",
+    "Under this agreement either side may end the contract with a notice of thirty days in writing.",
+    "What is the capital of Australia? Many people say Sydney, but the right answer is Canberra.",
+    "The painting shows an old man at a table, his hands folded, with a single candle in front of him.",
+    "I tried to call you twice yesterday. Let me know when you have a minute, it is nothing urgent.",
+    "Bees tell each other where flowers are by a dance whose angle stands for the direction of the sun.",
+    "First, save your work. Then close all programs, restart the computer, and try to print the page again.",
+    "The recipe is for four people; for eight, double everything except the salt and the baking time.",
+    "He read the book in one night and said that the beginning was slow but the end was worth it.",
+    "Light from the sun takes about eight minutes to reach the earth, and four hours to reach Neptune.",
+    "The hotel is a short walk from the station. Breakfast is served from seven to ten on the first floor.",
+    "Prices for wheat fell again last month after good harvests in several large countries.",
+    "Once upon a time there was a miller who had three sons, a mill, a donkey and a cat.",
+    "If it rains tomorrow, the match will be moved to Sunday; tickets stay valid for the new date.",
+    "The library has about forty thousand books, most of them given by people who lived in the village.",
+    "Subject: meeting on Friday. Could we start half an hour earlier? I have to catch a train at five.",
+    "A good map shows not only where the roads are, but also how steep they are and where to find water.",
+)

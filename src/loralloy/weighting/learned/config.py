@@ -1,0 +1,70 @@
+"""How coefficients are fitted: rates, steps, the start, the hold-out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ...errors import LoralloyError
+
+
+@dataclass(frozen=True)
+class LearnConfig:
+    """How coefficients are fitted.
+
+    Attributes:
+        lr: Adam's rate at the first step; it falls to 0 along a cosine.
+        steps: gradient steps.
+        batch_size: rows a step; None for all.
+        regularisation: lambda of lambda * mean (c - c_start)^2; None for 0.1 / (samples a stratum, at most 16): the fewer, the
+            closer to the start.
+        hold_out: fraction of every stratum that is kept from the gradients and picks the best step; 0 for none; "auto" is a
+            quarter where every stratum has at least 4, else none.
+        patience: steps without a better held-out loss after which a run ends (only with a hold-out).
+        start: "scale" (ours): the best uniform scale by a line search on the buffer; "zero": the poster's alpha_0; or a scale.
+        scales: what the line search tries, as far as they lie within the form's range; None for a grid that suits b_max.
+        rows_at_once: rows of one forward, which bounds memory; the gradient is that of all of them.
+        seed: of the hold-out and the batches.
+
+    Raises LoralloyError for values out of range.
+    """
+
+    lr: float = 0.1
+    steps: int = 60
+    batch_size: int | None = None
+    regularisation: float | None = None
+    hold_out: float | Literal["auto"] = "auto"
+    patience: int = 20
+    start: float | Literal["scale", "zero"] = "scale"
+    scales: tuple[float, ...] | None = None
+    rows_at_once: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def check(name: str, good: bool, allowed: str) -> None:
+            if not good:
+                raise LoralloyError(f"{name} is {getattr(self, name)!r}; give {allowed}")
+
+        check("lr", _number(self.lr) and self.lr > 0, "a number above 0")
+        check("steps", _whole(self.steps) and self.steps >= 0, "a whole number from 0")
+        check(
+            "batch_size",
+            self.batch_size is None or (_whole(self.batch_size) and self.batch_size > 0),
+            "a whole number from 1",
+        )
+        check("patience", _whole(self.patience) and self.patience >= 1, "a whole number from 1")
+        check("rows_at_once", _whole(self.rows_at_once) and self.rows_at_once >= 1, "a whole number from 1")
+        lam, held = self.regularisation, self.hold_out
+        check("regularisation", lam is None or (_number(lam) and lam >= 0), "a number from 0")
+        check("hold_out", held == "auto" or (_number(held) and 0 <= held < 1), "'auto' or a fraction from 0, below 1")
+        check("start", self.start in ("scale", "zero") or _number(self.start), "'scale', 'zero' or a number")
+        check("scales", self.scales is None or len(self.scales) > 0, "at least one scale")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

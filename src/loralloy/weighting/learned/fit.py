@@ -1,0 +1,317 @@
+"""learn(): the coefficients of a merge by gradients, on a memory buffer as small as one sample a class."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...console import progress as progress_bar
+from ...errors import LoralloyError
+from ...live.learnable import Learnable
+from ...weights import Weights
+from .coefficients import Coefficients, Form, Granularity
+from .config import LearnConfig
+from .objective import Objective, frozen, shares
+
+if TYPE_CHECKING:
+    from ...bank import Bank
+    from ...base_ref import BaseRef
+    from ...merging.rule import Rule
+
+_LOOK = 10  # steps between looks at the device: reading a loss waits for it
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a run gives.
+
+    Attributes:
+        weights: the coefficients, source "learned"; `explain` holds the settings.
+        history: one entry a step, the start first: step, loss (nats, on the buffer), held_out (None without), alpha (mean of
+            each adapter over the modules that it has).
+        settings: everything that decides the result.
+        seconds: wall time, with that of making the terms.
+        start_scale: the uniform scale that it started from.
+        searched: the line search: (scale, loss) of each that was tried.
+        best_step: the entry of the history that the weights are of.
+    """
+
+    weights: Weights
+    history: list[dict[str, Any]]
+    settings: dict[str, Any]
+    seconds: float
+    start_scale: float
+    searched: list[tuple[float, float]] = field(default_factory=list)
+    best_step: int = 0
+
+
+def learn(
+    model: nn.Module,
+    bank: Bank,
+    objective: Objective,
+    *,
+    rule: Rule | str | None = None,
+    space: str | None = None,
+    form: Form = "sigmoid",
+    b_max: float = 3.0,
+    granularity: Granularity = "adapter",
+    config: LearnConfig | None = None,
+    learnable: Learnable | None = None,
+    base: BaseRef | None = None,
+    progress: bool = True,
+) -> Learned:
+    """Learn the coefficients of a bank's merge under a rule (Coleman et al. 2024: form "sigmoid", granularity "adapter").
+
+    Only the coefficients have gradients; the model's parameters are frozen meanwhile and put back after it, and so is the
+    composition it carried. Start, hold-out, regularisation, schedule, other forms and granularities are ours.
+
+    Args:
+        model: the module tree that the bank's adapters are of.
+        bank: the adapters; all take part.
+        objective: what the coefficients are judged by.
+        rule, space: how they combine; None is "linear", and the rule's default space.
+        form, b_max, granularity: see :class:`Coefficients`.
+        config: how they are fitted.
+        learnable: the bank in the model already, which saves making the terms; `rule` and `space` are then its own.
+        base: what the loaded model is, where known; it is checked against the bank's.
+        progress: whether a bar is shown (on a terminal).
+
+    Raises LoralloyError for a rule that cannot be learned through, a `learnable` of another model, bank or rule, settings out
+    of range, and a loss that is not a number.
+    """
+    config = config or LearnConfig()
+    began = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress_bar()) if progress else None
+        live = learnable
+        if live is None:
+            task = bar.add_task("terms", total=len(bank.modules)) if bar else None
+            step = (lambda _: bar.advance(task)) if bar and task is not None else None
+            live = Learnable(model, bank, rule or "linear", space, base=base, on_module=step)
+            stack.callback(live.remove)
+        else:
+            _check_learnable(live, model, bank, rule, space)
+        start: float | Literal["zero"] = "zero" if isinstance(config.start, str) else config.start
+        coefficients = Coefficients(live.names, live.modules, form, granularity, b_max, start, live.present).to(
+            live.device
+        )
+        stack.enter_context(frozen(objective.model))
+        stack.enter_context(frozen(model))
+        stack.enter_context(live.at(None))
+        run = _Run(live, objective, coefficients, config, bar)
+        searched = run.search() if config.start == "scale" else []
+        start_scale = float(coefficients().detach()[live.present.to(live.device)].mean())
+        best = run.fit()
+    settings = {
+        "rule": str(live.rule),
+        "space": live.space,
+        "form": form,
+        "b_max": float(b_max),
+        "granularity": granularity,
+        **asdict(config),
+        "regularisation": run.pull,
+        "hold_out": len(run.held),
+        "rows": objective.size,
+        "scales": [scale for scale, _ in searched],
+        "start_scale": start_scale,
+        "best_step": best,
+    }
+    weights = coefficients.weights({"settings": settings})
+    seconds = time.perf_counter() - began
+    return Learned(weights, run.history, settings, seconds, start_scale, searched, best)
+
+
+def _check_learnable(live: Learnable, model: nn.Module, bank: Bank, rule: Rule | str | None, space: str | None) -> None:
+    from ...merging.basis import learnable as of
+
+    if live.model is not model or live.names != bank.names or any(live.bank[n] is not bank[n] for n in bank):
+        raise LoralloyError("the given learnable is of another model or bank; make one of this model and bank")
+    if rule is not None and str(of(rule, space or live.space)[0]) != str(live.rule):
+        raise LoralloyError(f"the given learnable is of rule {live.rule}, not {rule}; make one for each rule")
+    if space is not None and space != live.space:
+        raise LoralloyError(f"the given learnable is of {live.space} space, not {space}; make one for each space")
+
+
+class _Run:
+    """One run's state: rows, coefficients, and what has been seen of the losses."""
+
+    def __init__(
+        self, live: Learnable, objective: Objective, coefficients: Coefficients, config: LearnConfig, bar: Any
+    ) -> None:
+        self.live, self.objective, self.coefficients, self.config, self.bar = live, objective, coefficients, config, bar
+        strata, fraction = list(objective.strata), config.hold_out
+        if objective.size < 1 or len(strata) != objective.size:
+            raise LoralloyError(
+                f"the objective has {objective.size} examples and {len(strata)} strata; give one stratum each"
+            )
+        by_stratum: dict[str, list[int]] = {}
+        for i, stratum in enumerate(strata):
+            by_stratum.setdefault(stratum, []).append(i)
+        fewest = min(map(len, by_stratum.values()))
+        if fraction == "auto":
+            fraction = 0.25 if fewest >= 4 else 0.0
+        rng = random.Random(config.seed)
+        held = [
+            i for rows in by_stratum.values() for i in rng.sample(rows, min(int(fraction * len(rows)), len(rows) - 1))
+        ]
+        self.held = sorted(held)
+        self.rows = sorted(set(range(objective.size)) - set(held))
+        fewest = min(sum(i in set(self.rows) for i in rows) for rows in by_stratum.values())
+        given = config.regularisation
+        self.pull = 0.1 / min(max(fewest, 1), 16) if given is None else given
+        self.history: list[dict[str, Any]] = []
+        self._rng = rng
+        self._waiting: list[tuple[int, Tensor]] = []
+
+    # -- losses --------------------------------------------------------------------------------------------------------
+
+    def parts(self, rows: Sequence[int], step: int) -> Iterator[Callable[[], Tensor]]:
+        """The loss over rows as a sum of parts, each of so many rows that memory is bounded."""
+        size, losses = self.config.rows_at_once, getattr(self.objective, "losses", None)
+        if losses is None or len(rows) <= size:
+            yield lambda: self.objective.loss(rows, step)
+            return
+        weights = shares(self.objective.strata, rows)
+        for at in range(0, len(rows), size):
+            some = rows[at : at + size]
+
+            def part(some: Sequence[int] = some, at: int = at) -> Tensor:
+                values = losses(some, step)
+                return values @ values.new_tensor(weights[at : at + len(some)])
+
+            yield part
+
+    @torch.no_grad()
+    def loss(self, rows: Sequence[int], step: int = 0) -> Tensor:
+        """The loss under the coefficients as they are."""
+        with self.live.at(self.coefficients()):
+            return torch.stack([part().float() for part in self.parts(rows, step)]).sum()
+
+    # -- the start -----------------------------------------------------------------------------------------------------
+
+    def search(self) -> list[tuple[float, float]]:
+        """Start from the uniform scale with the least loss on the buffer (the smallest of equals)."""
+        given = self.config.scales
+        scales = [s for s in given or _scales(self.coefficients) if self.coefficients.holds(s)]
+        if not scales:
+            low, high = self.coefficients.range
+            raise LoralloyError(
+                f"none of the scales {list(given or ())} is within ({low:g}, {high:g}); give some that are"
+            )
+        task = self.bar.add_task("start", total=len(scales)) if self.bar else None
+        losses = []
+        for scale in scales:
+            self.coefficients.reset(scale)
+            losses.append(self.loss(self.rows))
+            if self.bar:
+                self.bar.advance(task)
+        found = list(zip(scales, torch.stack(losses).tolist(), strict=True))
+        finite = [pair for pair in found if math.isfinite(pair[1])]
+        if not finite:
+            raise LoralloyError(
+                "the loss is not a number at any scale; load the model in float32, or check the adapters"
+            )
+        self.coefficients.reset(min(finite, key=lambda pair: pair[1])[0])
+        return found
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> int:
+        """Gradient steps; leaves the best coefficients and returns their step (without a hold-out, the last)."""
+        config, coefficients = self.config, self.coefficients
+        parameters = [p for p in coefficients.parameters() if p.requires_grad]
+        optimiser = torch.optim.Adam(parameters, lr=config.lr)
+        origin = coefficients.c.detach().clone()
+        task = self.bar.add_task("learn", total=config.steps) if self.bar else None
+        batches = self._batches()
+        best, best_loss, best_step = coefficients.state(), None, 0
+        for step in range(config.steps + 1):
+            held = None
+            if self.held:
+                held = self.loss(self.held)
+                # kept on the device: a comparison here would wait for it
+                better = held < best_loss if best_loss is not None else torch.ones_like(held, dtype=torch.bool)
+                best = torch.where(better, coefficients.state(), best)
+                best_loss = held if best_loss is None else torch.where(better, held, best_loss)
+            last = step == config.steps
+            loss = self.loss(self.rows, step) if last else self._gradient(next(batches), step, origin, optimiser)
+            self._note(step, loss, held)
+            if not last:
+                for group in optimiser.param_groups:
+                    group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+                optimiser.step()
+                if self.bar:
+                    self.bar.advance(task)
+            if last or (step + 1) % _LOOK == 0:
+                self._look()
+                if self.held:
+                    best_step = min(range(len(self.history)), key=lambda i: self.history[i]["held_out"])
+                    if step - best_step >= config.patience:
+                        break
+        if self.held:
+            coefficients.restore(best)
+            return best_step
+        return len(self.history) - 1
+
+    def _gradient(self, rows: Sequence[int], step: int, origin: Tensor, optimiser: torch.optim.Optimizer) -> Tensor:
+        """Gradients of the loss and of the pull towards the start; returns the loss."""
+        optimiser.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=origin.device)
+        for part in self.parts(rows, step):
+            with self.live.at(self.coefficients()):
+                loss = part()
+                loss.backward()
+            total = total + loss.detach()
+        if self.pull:
+            (self.pull * (self.coefficients.c - origin).square().mean()).backward()
+        return total
+
+    def _batches(self) -> Iterator[list[int]]:
+        """All rows at every step, or shuffled batches, epoch after epoch."""
+        size = self.config.batch_size
+        while True:
+            if size is None or size >= len(self.rows):
+                yield self.rows
+                continue
+            order = self._rng.sample(self.rows, len(self.rows))
+            for at in range(0, len(order), size):
+                yield order[at : at + size]
+
+    def _note(self, step: int, loss: Tensor, held: Tensor | None) -> None:
+        with torch.no_grad():
+            table, there = self.coefficients(), self.coefficients.present
+            alpha = (table * there).sum(0) / there.sum(0).clamp(min=1)
+        nothing = torch.full_like(loss, torch.nan)
+        self._waiting.append(
+            (step, torch.cat([torch.stack([loss, nothing if held is None else held]).to(alpha), alpha]))
+        )
+
+    def _look(self) -> None:
+        """What has been noted, fetched in one transfer and checked."""
+        values = torch.stack([v for _, v in self._waiting]).tolist()
+        for (step, _), (loss, held, *alpha) in zip(self._waiting, values, strict=True):
+            if not (math.isfinite(loss) and (math.isfinite(held) or not self.held)):
+                raise LoralloyError(
+                    f"the loss is not a number at step {step}; lower the rate, or load the model in float32"
+                )
+            named = dict(zip(self.coefficients.names, alpha, strict=True))
+            entry = {"step": step, "loss": loss, "held_out": held if self.held else None, "alpha": named}
+            self.history.append(entry)
+        self._waiting.clear()
+
+
+def _scales(coefficients: Coefficients) -> list[float]:
+    """The line search's grid: within the range, closer together where scales are small; alpha_0 of the poster among them."""
+    low, high = coefficients.range
+    if coefficients.form == "softmax":
+        return [low + (high - low) * f for f in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)] if high > low else [high]
+    grid = {0.15, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, (1 + high) / 4, 0.9 * high}
+    return sorted(s for s in grid if s <= 0.9 * high)

@@ -1,0 +1,224 @@
+"""TaDA from end to end: probe the adapters on the domain's inputs, gate them module by module, merge them without conflicts.
+
+After the abstract of "TaDA: Calibrated Probe Gating for Task-Domain LoRA Merging" (To et al. 2026, arXiv 2606.05016). Its
+formulas are not public: those of :mod:`.probed`, :mod:`.gating` and :mod:`loralloy.merging.tada` are this project's own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..base_ref import BaseRef, compare
+from ..errors import LoralloyError
+from ..layerwise import layer_of
+from ..merging import Merged, Rule
+from ..merging.tada import RULE, Found, watched
+from ..recipe import Recipe
+from ..recipe.job import Job, check_out
+from ..weights import Weights
+from .gating import Depth, Gate, depth_slope
+from .probed import Batch, Readings, probe
+
+if TYPE_CHECKING:
+    from ..bank import Bank
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out, and why.
+
+    Attributes:
+        merged: the adapter and its errors against the exact gated sum.
+        weights: the gates.
+        readings, general: what the probe saw of the domain's inputs and of the general ones.
+        depth: for every adapter but the first, how its log odds against the first change with depth (no interval where the
+            gate reads no probe).
+        conflicts: what the rule discarded, by module; empty for another rule than `tada`.
+        seconds: of the probe, the gates and the merge with its writing.
+        notes: what a reader would not expect.
+    """
+
+    merged: Merged
+    weights: Weights
+    readings: Readings
+    general: Readings | None
+    depth: Mapping[str, Depth]
+    conflicts: Mapping[str, Conflicts]
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Conflicts:
+    """What was discarded in some modules: counts by adapter, and norms whose squares add up over modules.
+
+    `removed` is ||what was discarded||_F over `total`, ||the gated sum||_F.
+    """
+
+    components: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    cleared: dict[str, int] = field(default_factory=dict)
+    squares: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+    @property
+    def removed(self) -> float:
+        return math.sqrt(self.squares[0] / self.squares[1]) if self.squares[1] else 0.0
+
+    @staticmethod
+    def join(parts: Iterable[Conflicts]) -> Conflicts:
+        """Of several modules as one."""
+        whole = Conflicts()
+        for part in parts:
+            for name in ("components", "dropped", "cleared"):
+                mine = getattr(whole, name)
+                for adapter, count in getattr(part, name).items():
+                    mine[adapter] = mine.get(adapter, 0) + count
+            whole.squares = [a + b for a, b in zip(whole.squares, part.squares, strict=True)]
+        return whole
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "components": self.components, "dropped": self.dropped, "cleared": self.cleared, "removed": self.removed,
+        }  # fmt: skip
+
+
+def by_layer(conflicts: Mapping[str, Conflicts]) -> dict[int | str, Conflicts]:
+    """Joined by layer, in order; modules without a layer under their own names."""
+    groups: dict[int | str, list[Conflicts]] = {}
+    for module, found in conflicts.items():
+        layer = layer_of(module)
+        groups.setdefault(module if layer is None else layer, []).append(found)
+    order = sorted(groups, key=lambda key: (isinstance(key, str), key))
+    return {key: Conflicts.join(groups[key]) for key in order}
+
+
+def compose(
+    adapters: Sequence[str | os.PathLike[str]],
+    model: nn.Module,
+    calibration: Iterable[Batch],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    general: Iterable[Batch] | None = None,
+    gate: Gate | None = None,
+    rule: Rule = RULE,
+    rank: int | str | None = None,
+    dtype: str | None = None,
+    base: BaseRef | None = None,
+    assume_same_base: bool = False,
+    overwrite: bool = False,
+    on_inputs: Callable[[int], None] | None = None,
+    on_module: Callable[[str], None] | None = None,
+) -> Outcome:
+    """A task adapter and domain adapters in, one standard adapter out; nothing is trained.
+
+    Args:
+        adapters: folders or ``org/name@revision``: the task's first, then the domain's (one or more).
+        model: the plain base.
+        calibration: the model's arguments for each batch of the domain's inputs (32 inputs are the paper's number); no
+            labels are read. :func:`.probed.text_batches` makes them of texts.
+        out: a folder to write, or None. It also holds a recipe.yaml with the gates, which repeats the merge without a model.
+        general: batches of inputs of no domain, for gates whose `reference` is "general" (the default).
+        gate: how the probe becomes weights; None for the defaults.
+        rule: `tada` with its parameters, or any other: the gates are plain weights.
+        rank: of the result; None for the rule's own (`tada`: the largest parent's).
+        dtype: "fp16", "bf16", "fp32" or None for the adapters'.
+        base: what the model is, where known; checked against the adapters'.
+        assume_same_base, overwrite: as :func:`loralloy.merge`.
+        on_inputs, on_module: progress.
+
+    Raises LoralloyError for fewer than two adapters, another base model, and what the probe, the gate and the merge raise.
+    """
+    gate = gate or Gate()
+    if len(adapters) < 2:
+        raise LoralloyError("one adapter is nothing to gate; give the task's adapter and at least one of the domain")
+    if gate.needs_general and general is None:
+        raise LoralloyError("reference 'general' needs inputs of no domain; give them (`general`), or reference 'none'")
+    if out is not None:
+        check_out(Path(out).absolute(), overwrite)
+    bank = _recipe(adapters, None, {"assume_same_base": assume_same_base}).prepare().bank
+    _check_base(bank, base)
+    clock = time.perf_counter
+    start = clock()
+    readings = probe(model, bank, calibration, progress=on_inputs)
+    reference = probe(model, bank, general, progress=on_inputs) if gate.needs_general and general is not None else None
+    probed = clock()
+    weights = gate.weights(readings, reference)
+    measured = gate.kind in ("probe", "norm", "shuffled")
+    depth = {
+        name: depth_slope(gate, readings, reference, adapter)
+        for adapter, name in enumerate(readings.adapters)
+        if adapter and measured
+    }
+    gated = clock()
+    device = next(model.parameters()).device
+    settings = {
+        "assume_same_base": assume_same_base, "rule": {"name": rule.name, **rule.values}, "rank": rank, "dtype": dtype,
+        "device": str(device),
+    }  # fmt: skip
+    job = _recipe(adapters, weights, settings).prepare()
+    seen: list[Found] = []
+    job = replace(
+        job, given=weights, weights=weights, rule=watched(job.rule, seen) if rule.name == RULE.name else job.rule
+    )
+    merged = job.merge(out, overwrite, on_module)
+    seconds = {"probe": probed - start, "gates": gated - probed, "merge": clock() - gated}
+    notes = [f"{len(of)} modules were not probed ({why})" for why, of in _reasons(readings).items()]
+    notes += [*job.notes(), *merged.report.notes]
+    return Outcome(merged, weights, readings, reference, depth, _conflicts(job, seen), seconds, tuple(notes))
+
+
+def _recipe(adapters: Sequence[str | os.PathLike[str]], weights: Weights | None, settings: Mapping[str, Any]) -> Recipe:
+    entries: list[dict[str, Any]] = [{"path": os.fspath(path)} for path in adapters]
+    if weights is not None:
+        found = weights.to_dict()["weights"]
+        entries = [e | {"weight": found[name]} for e, name in zip(entries, weights.names, strict=True)]
+    fields = {name: value for name, value in settings.items() if value is not None}
+    return Recipe.from_dict({"version": 1, "adapters": entries, **fields})
+
+
+def _check_base(bank: Bank, base: BaseRef | None) -> None:
+    if base is None or bank.assume_same_base:
+        return
+    verdict, why = compare(bank.base, base)
+    if verdict != "same":
+        said = "but the loaded model is" if verdict == "different" else "and it cannot be told whether that is"
+        raise LoralloyError(
+            f"the adapters are of {bank.base}, {said} {base}: {why}; load the model that they were trained on, or pass "
+            "--assume-same-base"
+        )
+
+
+def _reasons(readings: Readings) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for module, why in readings.left_out.items():
+        reasons.setdefault(why, []).append(module)
+    return reasons
+
+
+def _conflicts(job: Job, seen: Sequence[Found]) -> dict[str, Conflicts]:
+    """By module: batches come in the order of the plan's groups, and a batch lies within one of them."""
+    if not seen:
+        return {}
+    plan = job.plan()
+    names = [p.name for p in plan.parents]
+    batches = iter(seen)
+    result: dict[str, Conflicts] = {}
+    for group in plan.groups:
+        who, left = [names[i] for i in group.who], list(group.modules)
+        while left:
+            found = next(batches)
+            counts = [t.cpu() for t in (found.components, found.dropped, found.cleared)]  # [T, L]
+            squares = torch.stack([found.removed, found.total], 1).cpu().double().square().tolist()
+            for at, pair in enumerate(squares):
+                made = [dict(zip(who, t[:, at].tolist(), strict=True)) for t in counts]
+                result[left.pop(0)] = Conflicts(made[0], made[1], made[2], pair)
+    return result

@@ -1,0 +1,127 @@
+"""The harness of adaptive merging: what it plans, and what it makes of a tiny stream, stopped and started again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import pytest
+
+from helpers import relative
+
+LINEAR = (("linear", "factors"), ("linear", "delta"))
+
+
+@pytest.fixture
+def small(harness, monkeypatch):
+    """A bench of few cells: two fixed weights, one b_max, task arithmetic."""
+    plan = harness.plan
+    parts = {"own": 1, "a": 1, "seq": 1, "seqs": 1, "alone": 1, "joint": 1}
+    bench = dataclasses.replace(plan.BENCHES["emoji4"], parts=parts, merges=LINEAR, validation=4, few=2)
+    monkeypatch.setitem(plan.BENCHES, "emoji4", bench)
+    monkeypatch.setattr(plan, "GRID", (0.5, 1.0))
+    monkeypatch.setattr(plan, "B_MAX", (3.0,))
+    return harness
+
+
+def work(harness, out, *words, until=600.0):
+    """One call's only process; the cells by name."""
+    options = harness.run.parser().parse_args(
+        ["--bench", "emoji4", "--out", str(out), *words, "--worker", "0", str(time.time() + until), f"run{time.time()}"]
+    )
+    harness.worker.Worker(options).run()
+    return {p.stem: json.loads(p.read_text()) for p in (out / "cells").glob("*/*.json")}
+
+
+def test_every_group_comes_after_what_it_needs_and_no_cell_twice(harness):
+    plan = harness.plan
+    bench = plan.BENCHES["emoji4"]
+    groups = plan.groups(bench, bench.stream())
+    made, names = set(), set()
+    for group in groups:
+        assert {job.name for job in group.needs} <= made, group.name
+        for job in group.jobs:
+            assert job.before is None or job.before.name in made
+            made.add(job.name)
+        assert not names & {cell.name for cell in group.cells}
+        names |= {cell.name for cell in group.cells}
+        if group.cells and group.cells[0].rule:  # one process makes the terms of a group once
+            assert len({(c.domains, c.rule, c.space, c.head, c.seed) for c in group.cells}) == 1
+    assert [g.rank[0] for g in groups] == sorted(g.rank[0] for g in groups)
+    files = [g.name for g in groups]
+    assert len(files) == len(set(files)), "two groups share a lock"
+
+
+def test_cells_are_right_resumed_and_failures_stay_alone(small, tiny, tmp_path, monkeypatch, capsys):
+    import torch
+
+    from loralloy.adapter import Adapter
+    from loralloy.bank import Bank
+    from loralloy.continual.workshop import make_workshop
+    from loralloy.live import LiveModel
+    from loralloy.weights import Weights
+
+    out, strategies = tmp_path / "out", small.strategies
+    real, asked = strategies.coefficients, []
+
+    def coefficients(site, cell, *rest):
+        asked.append(cell.name)
+        if cell.weight == 0.5 and cell.space == "delta":
+            raise RuntimeError("no such luck")
+        return real(site, cell, *rest)
+
+    monkeypatch.setattr(strategies, "coefficients", coefficients)
+    cells = work(small, out)
+    assert "FAILED: no such luck" in capsys.readouterr().out
+    assert len(list((out / "errors").glob("*.txt"))) == 1
+    failed = "s0-a+b+c-linear-delta-fixed-w0.5"
+    assert failed not in cells
+    # everything else is there: 2 spaces x (2 fixed, 1 learned, geometry) less one; base, own, joint; 2 orders
+    assert len(cells) == 2 * 4 - 1 + 3 + 2
+
+    stream = small.plan.BENCHES["emoji4"].stream()
+    shop = make_workshop(stream)
+    shop.begin(0, None)
+    bank = Bank([Adapter.load(out / "adapters/emoji/s0" / n, n) for n in "abc"])
+    live = LiveModel(shop.model, bank)  # sums the adapters' outputs: neither terms nor merged weights
+    with live.compose(Weights(dict.fromkeys("abc", 1.0))):
+        want = {n: "".join("01"[r] for r in shop.evaluate(shop.experiences[n]).correct) for n in "abc"}
+    live.remove()
+    one = cells["s0-a+b+c-linear-delta-fixed-w1"]
+    assert one["correct"] == want
+    assert one["test"]["b"] == want["b"].count("1") / len(want["b"])
+
+    parts = {n: [bank[n][m].dense(torch.float64) for m in bank.modules] for n in "abc"}
+    own = sum(float(sum(parts[n][i] for n in "abc").norm()) ** 2 for i in range(len(bank.modules)))
+    whole = 0.0
+    for m in bank.modules:
+        roots = [
+            (bank[n][m].A.double() * bank[n][m].scaling ** 0.5, bank[n][m].B.double() * bank[n][m].scaling ** 0.5)
+            for n in "abc"
+        ]
+        cross = sum(b for _, b in roots) @ sum(a for a, _ in roots) - sum(b @ a for a, b in roots)
+        whole += float(cross.norm()) ** 2
+    told = torch.tensor(cells["s0-a+b+c-linear-factors-geometry"]["cross_over_sum"])
+    assert relative(told, torch.tensor((whole / own) ** 0.5)) < 1e-4
+
+    learned = cells["s0-a+b+c-linear-delta-learned-b3-k1-adapter-scale"]
+    assert learned["rows"] == 9 and learned["steps"] == 2 and set(learned["weights"]) == set("abc")
+    chain = cells["s0-a+b+c-seq-o1"]
+    assert len(chain["matrix"]) == 3 and chain["matrix"][-1] == chain["test"]
+
+    before = {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/*.json")}
+    asked.clear()
+    monkeypatch.setattr(strategies, "coefficients", lambda *a: (asked.append(a[1].name), real(*a))[1])
+    again = work(small, out)
+    assert asked == [failed] and failed in again
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_nothing_is_begun_after_the_deadline(small, tmp_path):
+    assert work(small, tmp_path / "out", until=-1) == {}
+    assert not (tmp_path / "out/adapters").exists()
+
+
+def test_parts_whose_adapters_nobody_trains_end_the_call(small, tmp_path):
+    assert work(small, tmp_path / "out", "--parts", "a", "alone").keys() == {"s0-a+b+c-base"}

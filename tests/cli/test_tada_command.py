@@ -1,0 +1,181 @@
+"""`loralloy tada`: probe, gates, merge and report on a tiny model, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from helpers import load_in_peft, logits, relative
+from loralloy.adapter import Adapter
+from loralloy.bank import Bank
+from loralloy.layerwise import layer_of
+from loralloy.live.base import load_base
+from loralloy.merging import Tada, merge
+from loralloy.weighting.gating import Gate
+from loralloy.weighting.general_texts import GENERAL
+from loralloy.weighting.probed import probe, text_batches
+from loralloy.weights import Weights
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "domain.jsonl"
+    words = ["rain", "sun", "cloud", "storm", "wind", "snow"]
+    rows = [{"text": f"{words[n % 6]} and {words[n % 5]} on day {n}", "label": "x"} for n in range(50)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run(cli, world, texts):
+    """run(*options) with the task `spam`, the domain `weather`, the tiny model and 8 texts."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # main() asks for it by a variable that is read at import, which is long past here
+
+    def go(*options: object, adapters: tuple[str, ...] = ("spam", "weather")):
+        paths = [world.bank / name for name in adapters]
+        return cli(
+            "tada",
+            *paths,
+            *world.flags("model"),
+            "-c",
+            texts,
+            "--inputs",
+            8,
+            "--max-length",
+            64,
+            "--model-dtype",
+            "float32",
+            *options,
+        )
+
+    return go
+
+
+def test_it_writes_the_gated_merge_as_a_standard_adapter(run, cli, world, texts, tmp_path):
+    out = tmp_path / "made"
+    ran = run("-o", out, "--json", "--save-weights", tmp_path / "gates.json", "--plot", tmp_path / "gates.png")
+    assert ran.code == 0, ran
+    data = json.loads(ran.out)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "recipe.yaml",
+    ]  # fmt: skip
+    bank = Bank.load([world.bank / "spam", world.bank / "weather"])
+    weights = Weights.load(tmp_path / "gates.json")
+    assert weights.source == "probed" and weights.explain["inputs"] == 8 and data["inputs"] == 8
+    assert all(weights.of("spam", m) + weights.of("weather", m) == pytest.approx(2) for m in bank.modules)
+    assert len({round(weights.of("spam", m), 6) for m in bank.modules}) > 7
+    want = merge(bank, weights, Tada)
+    got = Adapter.load(out)
+    assert got.max_rank == 3 == data["rank"]
+    assert all(relative(got[m].dense(), want.adapter[m].dense()) < 1e-6 for m in bank.modules)
+    assert data["error"]["stored"] == pytest.approx(want.report.error, rel=1e-6)
+    model, _ = load_base(str(world.model), "float32", "cpu")
+    assert torch.isfinite(logits(load_in_peft(model, out), torch.tensor([[5, 6, 7]]))).all()
+    # the picture, the record, and the recipe, which repeats the merge without a model
+    assert (tmp_path / "gates.png").stat().st_size > 5000
+    assert got.provenance["merge"]["rule"] == "tada" and got.provenance["merge"]["weights_source"] == "probed"
+    assert cli("merge", out / "recipe.yaml", "-o", tmp_path / "again").code == 0
+    assert got.content_hash == Adapter.load(tmp_path / "again").content_hash
+
+
+def test_the_gates_are_the_librarys(run, world, texts, tmp_path):
+    """The texts that are drawn are rows of the file; general texts are the built-in ones."""
+    run(
+        "-o",
+        tmp_path / "a",
+        "--inputs",
+        100,
+        "--save-weights",
+        tmp_path / "w.json",
+        "--temperature",
+        1,
+        "--by",
+        "layer",
+    )
+    bank = Bank.load([world.bank / "spam", world.bank / "weather"])
+    model, tokenizer = load_base(str(world.model), "float32", "cpu")
+    rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    seen, general = (probe(model, bank, text_batches(tokenizer, t, 8, 64)) for t in (rows, GENERAL))
+    want = Gate(temperature=1.0, by="layer").weights(seen, general)
+    got = Weights.load(tmp_path / "w.json")
+    for m in bank.modules:
+        assert got.of("spam", m) == pytest.approx(want.of("spam", m), rel=1e-4)
+
+
+def test_what_is_printed(run, tmp_path):
+    ran = run("-o", tmp_path / "a", "--conflict", "opposed", "--threshold", 0)
+    assert ran.code == 0 and ran.err == ""
+    for part in (
+        "gates of spam, weather from 8 inputs", "self_attn.q_proj", "mlp.down_proj", "last third",
+        "log odds of weather against spam",
+        "rule tada(conflict=opposed, threshold=0.0), rank 3", "discarded", "share of the sum removed",
+        "relative error of dW against the exact gated sum", "seconds: probe", f"wrote {tmp_path / 'a'}",
+    ):  # fmt: skip
+        assert part in ran.out, part
+
+
+def test_conflicts_are_reported_by_layer(run, world, tmp_path):
+    data = {
+        name: json.loads(run("-o", tmp_path / name, "--json", "--conflict", name, "--threshold", 0).out)
+        for name in ("opposed", "none")
+    }
+    found, nothing = data["opposed"]["conflicts"], data["none"]["conflicts"]
+    layers = {str(layer_of(m)) for m in Adapter.load(world.bank / "spam")}
+    assert set(found["layers"]) == layers and len(layers) == 2
+    assert found["all"]["components"] == {"spam": 2 * 14, "weather": 3 * 14}
+    for name in ("spam", "weather"):
+        assert found["all"]["dropped"][name] == sum(layer["dropped"][name] for layer in found["layers"].values())
+    assert 0 < found["all"]["removed"] < 1 and sum(found["all"]["dropped"].values()) > 0
+    assert nothing["all"]["removed"] == 0 == sum(nothing["all"]["dropped"].values())
+    assert data["opposed"]["error"]["stored"] > data["none"]["error"]["stored"]
+
+
+def test_more_adapters_other_rules_and_ablations(run, tmp_path):
+    three = json.loads(run("-o", tmp_path / "three", "--json", adapters=("spam", "weather", "cooking")).out)
+    assert (
+        three["adapters"] == ["spam", "weather", "cooking"]
+        and three["rank"] == 4
+        and set(three["depth"]) == {"weather", "cooking"}
+    )
+    ties = json.loads(run("-o", tmp_path / "ties", "--json", "--rule", "ties", "--gate", "uniform").out)
+    assert ties["conflicts"] is None and ties["depth"] == {} and ties["rule"].startswith("ties(")
+    assert all(row["weights"]["spam"]["all"] == 1 for row in ties["gates"])
+    ramp = json.loads(
+        run("-o", tmp_path / "ramp", "--json", "--gate", "ramp", "--scale", "1,0.5", "--temperature", 1).out
+    )
+    q = ramp["gates"][0]["weights"]
+    assert q["spam"]["first third"] == pytest.approx(1.4) and q["weather"]["last third"] == pytest.approx(0.7)
+
+
+def test_what_is_refused_is_refused_before_any_work(run, texts, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    run("-o", taken).refused("taken", "--overwrite")
+    assert (taken / "notes.txt").read_text() == "mine"
+    run("-o", tmp_path / "x", "--gate", "soft").refused("kind of the gate is 'soft'", "probe")
+    run("-o", tmp_path / "x", "--scale", "one").refused("--scale 'one'")
+    run("-o", tmp_path / "x", "--conflict", "all").refused("conflict 'all' of tada", "shared")
+    run("-o", tmp_path / "x", "--rule", "ties", "--conflict", "none").refused("ties has no parameter 'conflict'")
+    run("-o", tmp_path / "x", "--column", "body").refused("domain.jsonl, line 1: no column 'body'", "text, label")
+    run("-o", tmp_path / "x", "--plot", "gates.pdf").refused("gates.pdf is not a PNG")
+    run("-o", tmp_path / "x", adapters=("spam",)).refused("one adapter is nothing to gate")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    run("-o", tmp_path / "x", "--general", empty).refused("empty.jsonl has no text")
+    assert not (tmp_path / "x").exists()
+
+
+def test_another_base_is_refused(run, world, tmp_path):
+    import sys
+
+    sys.path.insert(0, str(world.root))
+    import tiny
+
+    other = tiny.save_model(tmp_path / "other", seed=5)
+    run("-o", tmp_path / "x", "--model", other).refused("but the loaded model is", "fingerprints")
+    assert run("-o", tmp_path / "x", "--model", other, "--assume-same-base").code == 0
