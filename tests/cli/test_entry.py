@@ -24,6 +24,7 @@ COMMANDS = {
     "demo",
     "tada",
     "learn",
+    "serve",
 }
 
 

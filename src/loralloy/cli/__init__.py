@@ -21,6 +21,7 @@ from . import (
     report,
     route,
     rules,
+    serve,
     tada,
     train,
 )
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (ask, route, merge, learn, tada, rules, inspect, index, train, evaluate, report, export, demo):
+for module in (ask, route, merge, learn, tada, rules, inspect, index, train, evaluate, report, export, serve, demo):
     command = getattr(module, module.__name__.rsplit(".", 1)[-1])
     app.command(cls=getattr(module, "COMMAND", None))(command)
 app.add_typer(continual.app, name="continual")

@@ -115,6 +115,7 @@ def open_router(
     temperature: float | None = None,
     kind: str = "auto",
     unlike: bool = False,
+    show: int = 5,
 ) -> Any:
     """A weigher over the index's tasks that have an adapter in the bank, fitted; see :func:`open_weigher`."""
     from ..console import console
@@ -130,7 +131,9 @@ def open_router(
             "name in common. Adapters are found by the name of their task; rename the folders, or index the right tasks"
         )
     with console.status("fitting the router to the index"):  # once an index: it is kept there
-        weigher = open_weigher(opened, kind, only=only, k=k, p=p, temperature=temperature, kernel=kernel, unlike=unlike)
+        weigher = open_weigher(
+            opened, kind, only=only, k=k, p=p, temperature=temperature, kernel=kernel, show=show, unlike=unlike
+        )
         weigher.prepare()
     rows, voting = sum(opened.tasks[name].rows for name in only), weigher.settings.get("k")
     if voting and rows <= 2 * voting and console.is_terminal:

@@ -18,40 +18,55 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..base_ref import BaseRef, compare
+from ..base_ref import BaseRef
 from ..errors import LoralloyError
 from ..factors import LoraFactors
 from ..weights import Weights
-from .fit import check_fit, check_saved_modules
+from .fit import check_base, check_fit, check_saved_modules
 from .gated import Gate, Gated
 
 if TYPE_CHECKING:
     from ..bank import Bank
 
 
-class _Module:
-    """The stacked factors of one module of the base, and the hook that adds their weighted output."""
+def scaled(f: LoraFactors, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A [r, in, ...] and B [out, r, ...] with the scaling in them, as they are stacked.
 
-    def __init__(self, name: str, target: nn.Module, factors: Mapping[str, LoraFactors], names: Sequence[str]) -> None:
-        parts = list(factors.values())
-        weight = target.weight
-        assert isinstance(weight, Tensor)  # check_fit has seen to it
-        dtype, device = weight.dtype, weight.device
-        if not dtype.is_floating_point:  # a quantised base computes in the dtype of its input
-            dtype = torch.float32
-        self.name, self.kind = name, parts[0].kind
-        # The root of the scaling goes to each side, so that 16-bit factors neither over- nor underflow.
-        wide = [(f.A.float() * abs(f.scaling) ** 0.5, f.B.float() * abs(f.scaling) ** 0.5, f.scaling) for f in parts]
-        self.A = torch.cat([a if s >= 0 else -a for a, _, s in wide], 0).to(device, dtype)  # [R, in, ...]
-        self.B = torch.cat([b for _, b, _ in wide], 1).to(device, dtype)  # [out, R, ...]
-        if not (bool(torch.isfinite(self.A).all()) and bool(torch.isfinite(self.B).all())):
-            raise LoralloyError(
-                f"module {name!r}: the factors overflow the model's dtype {dtype}; load the model in float32"
-            )
+    The root of the scaling goes to each side, so that 16-bit factors neither over- nor underflow.
+    """
+    root = abs(f.scaling) ** 0.5
+    a, b = f.A.float() * (root if f.scaling >= 0 else -root), f.B.float() * root
+    return a.to(device, dtype), b.to(device, dtype)
+
+
+def place(target: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device that factors of this module of the base have to have."""
+    weight = target.weight
+    assert isinstance(weight, Tensor)  # check_fit has seen to it
+    # a quantised base computes in the dtype of its input
+    return weight.dtype if weight.dtype.is_floating_point else torch.float32, weight.device
+
+
+class Stacked:
+    """The stacked factors of one module of the base, and the hook that adds their weighted output.
+
+    `parts`: by adapter, what :func:`scaled` gives; `names`: all adapters, in the order of the weights.
+    """
+
+    def __init__(self, name: str, kind: str, parts: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str]) -> None:
+        self.name, self.kind = name, kind
+        self.stack(parts, names)
+
+    def stack(self, parts: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str]) -> None:
+        """Take these adapters' factors (at least one's) in place of what was there; nothing is set then."""
+        self.A = torch.cat([a for a, _ in parts.values()], 0)  # [R, in, ...]
+        self.B = torch.cat([b for _, b in parts.values()], 1)  # [out, R, ...]
+        index = {n: i for i, n in enumerate(names)}
+        layout = [(index[n], len(a)) for n, (a, _) in parts.items()]
         # column of A_cat -> index of its adapter, so that a row's weights spread to its R coefficients by one gather
-        owner = [names.index(n) for n, f in factors.items() for _ in range(f.rank)]
-        self.owner = torch.tensor(owner, device=device)
-        self.layout = tuple(owner), device  # modules of one layout have the same coefficients
+        owner = [i for i, rank in layout for _ in range(rank)]
+        self.owner = torch.tensor(owner, device=self.A.device)
+        self.layout = tuple(layout), self.A.device  # modules of one layout have the same coefficients
         self.coefficients: Tensor | None = None  # [rows, R] or [1, R]
         self.rows = 1  # how many rows were given; 1 is for all
         self.gated: Gated | None = None  # while set, a gate decides and not the coefficients
@@ -102,6 +117,26 @@ def _pointwise(x: Tensor, b: Tensor) -> Tensor:
     return (x.movedim(1, -1) @ b.flatten(1).T).movedim(-1, 1)
 
 
+def overflow(name: str, dtype: torch.dtype) -> LoralloyError:
+    return LoralloyError(f"module {name!r}: the factors overflow the model's dtype {dtype}; load the model in float32")
+
+
+def spread(parts: Mapping[str, Stacked], names: Sequence[str], rows: Sequence[Weights]) -> None:
+    """Set each module's coefficients to these rows' weights of the adapters `names`, in the order of the stacks."""
+    if any(row.per_module for row in rows):
+        for name, part in parts.items():
+            part.set(torch.tensor([[row.of(n, name) for n in names] for row in rows]))
+        return
+    table = torch.tensor([[row.of(n) for n in names] for row in rows])
+    known: dict[Any, tuple[Tensor | None, int]] = {}  # setting waits for the device: once, not once a module
+    for part in parts.values():
+        if part.layout in known:
+            part.coefficients, part.rows = known[part.layout]
+        else:
+            part.set(table)
+            known[part.layout] = part.coefficients, part.rows
+
+
 class LiveModel:
     """A base model with a bank composed into it, each row of a batch by its own weights.
 
@@ -126,15 +161,9 @@ class LiveModel:
         self, model: nn.Module, bank: Bank, base: BaseRef | None = None, assume_same_base: bool = False
     ) -> None:
         if base is not None and not (assume_same_base or bank.assume_same_base):
-            verdict, why = compare(bank.base, base)
-            if verdict != "same":
-                said = "but the loaded model is" if verdict == "different" else "and it cannot be told whether that is"
-                raise LoralloyError(
-                    f"the bank's adapters are of {bank.base}, {said} {base}: {why}; load the model the adapters were "
-                    "trained on, or pass --assume-same-base"
-                )
+            check_base(bank, base)
         self.model, self.bank, self.names = model, bank, bank.names
-        self.parts: dict[str, _Module] = {}
+        self.parts: dict[str, Stacked] = {}
         """By module of the base: the stacked factors of all adapters."""
         self._handles: list[Any] = []
         found = dict(model.named_modules())
@@ -149,7 +178,16 @@ class LiveModel:
                 check_fit(name, found[name], next(iter(factors.values())))
             except LoralloyError as error:
                 raise error.within(f"module {name!r} of adapter {owner!r}") from None
-            self.parts[name] = _Module(name, found[name], factors, self.names)
+            dtype, device = place(found[name])
+            part = Stacked(
+                name,
+                next(iter(factors.values())).kind,
+                {n: scaled(f, dtype, device) for n, f in factors.items()},
+                self.names,
+            )
+            if not (bool(torch.isfinite(part.A).all()) and bool(torch.isfinite(part.B).all())):
+                raise overflow(name, dtype)
+            self.parts[name] = part
         check_saved_modules(model, bank)
         try:
             for name, part in self.parts.items():
@@ -179,18 +217,7 @@ class LiveModel:
                     )
             if row.per_module:
                 self.bank.check_weights(row)  # a misspelt module would be a weight of 0 that nobody sees
-        if any(row.per_module for row in rows):
-            for name, part in self.parts.items():
-                part.set(torch.tensor([[row.of(n, name) for n in self.names] for row in rows]))
-        else:
-            table = torch.tensor([[row.of(n) for n in self.names] for row in rows])
-            known: dict[Any, tuple[Tensor | None, int]] = {}  # setting waits for the device: once, not once a module
-            for part in self.parts.values():
-                if part.layout in known:
-                    part.coefficients, part.rows = known[part.layout]
-                else:
-                    part.set(table)
-                    known[part.layout] = part.coefficients, part.rows
+        spread(self.parts, self.names, rows)
 
     @contextlib.contextmanager
     def compose(self, weights: Weights | Sequence[Weights] | None) -> Iterator[nn.Module]:

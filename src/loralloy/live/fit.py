@@ -7,11 +7,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..base_ref import BaseRef, compare
 from ..errors import LoralloyError
 from ..factors import LoraFactors
 
 if TYPE_CHECKING:
     from ..bank import Bank
+
+
+def check_base(bank: Bank, base: BaseRef) -> None:
+    """Raise LoralloyError unless the loaded model is surely the base of the bank's adapters."""
+    verdict, why = compare(bank.base, base)
+    if verdict != "same":
+        said = "but the loaded model is" if verdict == "different" else "and it cannot be told whether that is"
+        raise LoralloyError(
+            f"the bank's adapters are of {bank.base}, {said} {base}: {why}; load the model the adapters were "
+            "trained on, or pass --assume-same-base"
+        )
 
 
 def check_saved_modules(model: nn.Module, bank: Bank) -> None:
