@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loralloy.errors import LoralloyError
-from loralloy.layerwise import SpecError, coefficients, layer_of, matches, parse, select
+from loralloy.layerwise import GRANULARITIES, SpecError, coefficients, group_of, layer_of, matches, parse, select
 
 PROJECTIONS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"]
 LAYERS = 12
@@ -190,3 +190,10 @@ def test_bad_selections():
     assert caught.value.at == ("include", 1)
     with pytest.raises(SpecError, match="no module is left"):
         select(MODULES, [], ["layers"])
+
+
+def test_group_of():
+    names = ["model.layers.3.mlp.up", "model.layers.3", "encoder.3.q", "3.q", "blocks.0.experts.7.w", "lm_head", "a3.b"]
+    groups = {how: [group_of(name, how) for name in names] for how in GRANULARITIES}
+    assert groups["adapter"] == [""] * 7 and groups["module"] == names
+    assert groups["layer"] == ["model.layers.3", "model.layers.3", "encoder.3", "3", "blocks.0", "lm_head", "a3.b"]

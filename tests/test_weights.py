@@ -109,3 +109,17 @@ def test_plot(tmp_path, data):
     pytest.importorskip("matplotlib")
     Weights(data).plot(tmp_path / "w.png")
     assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_learned_for_another_rule_say_so():
+    learned = Weights({"a": 1.0}, "learned", {"learned": {"rule": "ties(density=0.2)", "space": "delta"}})
+    assert learned.learned_for_other("ties(density=0.2)", "delta") is None
+    said = learned.learned_for_other("linear", "delta")
+    assert (
+        said
+        == "these weights were learned for ties(density=0.2) in delta space, and are used with linear in delta space"
+    )
+    assert "factors space" in (learned.learned_for_other("ties(density=0.2)", "factors") or "")
+    assert Weights({"a": 1.0}).learned_for_other("linear", "delta") is None
+    plain = Weights({"a": 1.0}, "learned", {"learned": {"rule": "linear", "space": "delta"}})
+    assert plain.learned_for_other("svd", "delta") is None and plain.learned_for_other("linear", "factors") is not None

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--grace", type=float, default=30, help="seconds after that in which what has begun may end")
     found.add_argument("--pack", type=Path, help="put all cells into this .tar.xz at the end")
     found.add_argument("--gpus", type=int, help="GPUs that processes are spread over (default: all there are)")
-    found.add_argument("--out", type=Path, default=OUT, help="adapters, cells, locks and errors")
+    found.add_argument("--out", type=Path, help="adapters, cells, locks and errors (.assets/adaptive, a toy's in toy/)")
     found.add_argument("--device", help="cpu, cuda (default: the stream file's)")
     found.add_argument("--toy", action="store_true", help="few steps and rows: to see whether it runs, not a result")
     found.add_argument("--list", action="store_true", help="print the groups of cells in order, and stop")
@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(words)
+    if options.out is None:
+        options.out = OUT / "toy" if options.toy else OUT
     if options.list:
         return listed(options)
     if options.worker:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import stamp
 import torch
 from plan import BENCHES, Bench, Cell, Group, Job, groups
 from work import Site, toy, write
@@ -132,7 +133,9 @@ class Worker:
         """The bench in this process; None where it cannot be opened, which is told once."""
         if name not in self.sites:
             try:
-                self.sites[name] = Site(*opened(name, self.options), self.out)
+                site = Site(*opened(name, self.options), self.out)
+                stamp.check(site)
+                self.sites[name] = site
             except Exception:
                 self.say(f"{name}: cannot be opened: {traceback.format_exc(limit=1).strip().splitlines()[-1]}")
                 self.sites[name] = None

@@ -22,6 +22,7 @@ Gradient: TypeAlias = tuple[float, ...]
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _FORMS = "a number, a list of numbers (a gradient), a list of {filter: ..., value: ...}, or {module: number}"
 _FIELDS = ("filter", "layers", "value")
+GRANULARITIES = ("adapter", "layer", "module")
 
 
 class SpecError(LoralloyError):
@@ -63,6 +64,18 @@ def layer_of(module: str) -> int | None:
     """
     match = _LAYER.search(module)
     return int(match[1]) if match else None
+
+
+def group_of(module: str, granularity: str) -> str:
+    """What a module shares its weight with, by one of GRANULARITIES: "" for all modules, its layer, or itself.
+
+    A layer is called by all up to and with the first number, so that an encoder's third is not the decoder's; a module
+    without a number is a layer of its own.
+    """
+    if granularity == "adapter":
+        return ""
+    match = _LAYER.search(module) if granularity == "layer" else None
+    return module[: match.end(1)] if match else module
 
 
 def matches(pattern: str, module: str) -> bool:

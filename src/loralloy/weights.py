@@ -66,6 +66,18 @@ class Weights:
         for name in self.coefficients:
             yield name, self.of(name)
 
+    def learned_for_other(self, rule: str, space: str) -> str | None:
+        """What these weights were learned for (rule and space, as `loralloy learn` wrote them), where that is something else."""
+        made = self.explain.get("learned")
+        if not isinstance(made, Mapping) or not made.get("rule"):
+            return None
+        sums = ("linear", "cat", "svd")  # one and the same dW
+        was, now = (
+            (f"{r} in {s} space", "sum" if r in sums else r, s)
+            for r, s in ((made["rule"], made.get("space")), (rule, space))
+        )
+        return None if was[1:] == now[1:] else f"these weights were learned for {was[0]}, and are used with {now[0]}"
+
     def normalised(self) -> Weights:
         """Divided by the sum, so that they sum to 1 (whole-adapter weights only)."""
         if self.per_module:

@@ -27,6 +27,19 @@ out: out
 """
 
 
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """A harness is a process of its own: it silences the console and changes torch's precision for good."""
+    import torch
+
+    from loralloy.console import console
+
+    quiet, precision = console.quiet, torch.get_float32_matmul_precision()
+    yield
+    console.quiet = quiet
+    torch.set_float32_matmul_precision(precision)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A folder with a model, images and the stream file emoji4.yaml."""

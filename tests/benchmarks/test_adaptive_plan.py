@@ -77,8 +77,9 @@ def test_cells_are_right_resumed_and_failures_stay_alone(small, tiny, tmp_path, 
     assert len(list((out / "errors").glob("*.txt"))) == 1
     failed = "s0-a+b+c-linear-delta-fixed-w0.5"
     assert failed not in cells
-    # everything else is there: 2 spaces x (2 fixed, 1 learned, geometry) less one; base, own, joint; 2 orders
-    assert len(cells) == 2 * 4 - 1 + 3 + 2
+    # everything else is there: 2 spaces x (2 fixed, 1 learned, 1 fresh, geometry) less one, 2 fresh of 5 rows a class in
+    # delta space; base, own, joint; 2 orders
+    assert len(cells) == 2 * 5 - 1 + 2 + 3 + 2
 
     stream = small.plan.BENCHES["emoji4"].stream()
     shop = make_workshop(stream)
@@ -116,6 +117,28 @@ def test_cells_are_right_resumed_and_failures_stay_alone(small, tiny, tmp_path, 
     again = work(small, out)
     assert asked == [failed] and failed in again
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_cells_made_otherwise_are_not_taken_for_these(small, tmp_path, capsys):
+    made = work(small, tmp_path / "out", "--parts", "alone")
+    assert made.keys() == {"s0-a+b+c-base"}
+    (tmp_path / "out/cells/emoji4/s0-a+b+c-base.json").unlink()
+    assert work(small, tmp_path / "out", "--parts", "alone", "--toy") == {}
+    said = capsys.readouterr().out
+    assert (
+        "emoji4: cannot be opened" in said and "was made with another training (emoji.json); give another --out" in said
+    )
+    assert work(small, tmp_path / "out", "--parts", "alone").keys() == made.keys()
+
+
+def test_a_toy_has_a_folder_of_its_own(small, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(small.run, "OUT", tmp_path / "adaptive")
+    monkeypatch.setattr(small.run, "listed", lambda options: seen.append(options.out) or 0)
+    monkeypatch.setattr(small.run, "ROOT", tmp_path)
+    for words in (["--list"], ["--list", "--toy"], ["--list", "--toy", "--out", "there"]):
+        small.run.main(words)
+    assert [str(p) for p in seen] == [str(tmp_path / "adaptive"), str(tmp_path / "adaptive/toy"), "there"]
 
 
 def test_nothing_is_begun_after_the_deadline(small, tmp_path):

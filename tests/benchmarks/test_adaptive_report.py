@@ -80,6 +80,21 @@ def test_verdicts(page):
     assert state == "met"  # 0.6 on the way, 0.69 at the end
 
 
+def test_the_head_that_is_judged_is_chosen_on_validation_rows(harness):
+    """Prototypes are better on test rows (level with joint training), the random head on validation rows."""
+    rows = []
+    for seed in SEEDS:
+        for head, score, seen in (("random", 0.6, 0.7), ("prototypes", 0.8, 0.5)):
+            settings = LEARNED | {"rule": "ties", "space": "delta", "head": head}
+            rows.append(row(score, seed, validation=seen, **settings))
+            rows.append(row(0.8, seed, how="joint", head=head))
+    built = harness.report.build(
+        "emoji", {"emoji4": harness.results.Cells("emoji4", rows), "emoji7": harness.results.Cells("emoji7", [])}
+    )
+    state = verdict(built, "joint training")[2]
+    assert state.startswith("missed by 10.0 points (random head")
+
+
 def test_the_tables_hold_means_and_deviations(page, harness):
     text = page[0]
     assert "| Task arithmetic, factors | 51.4 ± 0.3 | 10.0 ± 0.0 | 10.0 ± 0.0 |" in text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -153,7 +155,13 @@ def test_objectives_and_inputs_are_the_buffers_rows(place):
     (batch,) = w.inputs(rows)
     torch.testing.assert_close(batch["pixel_values"], w.classifier.pixels(images))
     w.model(**batch)
-    assert float(w.objective(rows, "entropy").loss(range(12))) > 0
+    entropy = w.objective(rows, "entropy")
+    assert float(entropy.loss(range(12))) > 0
+    unlabelled = [dataclasses.replace(row, label="") for row in rows]  # drawn without their labels
+    assert torch.equal(w.inputs(unlabelled)[0]["pixel_values"], batch["pixel_values"])
+    torch.testing.assert_close(w.objective(unlabelled, "entropy").loss(range(12)), entropy.loss(range(12)))
+    with pytest.raises(LoralloyError, match="the images have no labels"):
+        w.objective(unlabelled)
 
 
 def test_evaluations_are_row_by_row(place):
@@ -175,14 +183,34 @@ def test_what_is_refused(place):
         workshop_of(place, train={"epochs": 1})
     with pytest.raises(LoralloyError, match=r"`train\.seed`"):
         workshop_of(place, train={"seed": 1})
+    with pytest.raises(LoralloyError, match=r"no validation images \(`evaluate\.split`\)"):  # before any training
+        workshop_of(place, evaluate={"split": "validation"})
+    with pytest.raises(LoralloyError, match="'nope' is not in this model"):
+        workshop_of(place, train={"targets": ["q", "nope"]})
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"lr": "1e-3"}, {"lr": None}, {"lr": math.nan}, {"steps": 4.0}, {"rank": True}, {"augment": "no"}, {"targets": []},
+        {"targets": [1]}, {"targets": None}, {"dropout": "x"}, {"weight_decay": math.nan}, {"limit": "3"},
+        {"save_dtype": ["fp16"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_training_options(place, train):
+    with pytest.raises(LoralloyError, match=rf"{next(iter(train))}`? is "):
+        workshop_of(place, train=train)
 
 
 @pytest.mark.parametrize("head", ["random", "learned", "prototypes"])
 def test_a_stream_runs_to_its_end(place, head):
     strategies = ["joint", "sequential", "oracle", {"kind": "fixed", "weight": 0.5}, {"kind": "learned", "steps": 2}]
+    if head == "random":
+        strategies += [{"kind": "entropy", "unlabelled": 4, "steps": 2}, {"kind": "regmean", "unlabelled": 4}]
     stream = stream_of(place, out=f"run-{head}", head=head, strategies=strategies)
     plan = run(stream)
-    assert len(plan.runs) == 5
+    assert len(plan.runs) == len(strategies)
     for step in plan.steps.values():
         result = json.loads((stream.out / "experiences" / step.key / "result.json").read_text())
         assert all(0 <= d["accuracy"] <= 1 and d["n"] == 3 for d in result["domains"].values())

@@ -123,6 +123,21 @@ def test_every_row_is_kept_equally_often(selection):
     assert max(abs(n - trials / 4) for n in counts.values()) < 4.5 * deviation
 
 
+def test_a_reservoir_cut_by_a_total_stays_even():
+    """Rows that come before a cut, between cuts and after them: 2,000 seeds, each of 12 rows alike often."""
+    counts: Counter[str] = Counter()
+    trials = 2000
+    for seed in range(trials):
+        buffer = MemoryBuffer(6, 6, "reservoir", seed)
+        for d, start, many in ((0, 0, 3), (1, 0, 9), (2, 0, 9), (3, 0, 9), (0, 3, 1), (0, 4, 8), (4, 0, 9)):
+            offer(buffer, d, ["a"] * many, start, features=False)
+        assert len(buffer) == 6
+        counts.update(row.id for row in buffer.rows if row.domain == "domain0")
+    share = sum(counts.values()) / trials / 12
+    deviation = sqrt(trials * share * (1 - share))
+    assert max(abs(counts[f"0/{n}"] - trials * share) for n in range(12)) < 4 * deviation
+
+
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 50))
 def test_herding_is_greedy_towards_the_mean(n, count, seed):
     x = torch.randn(n, 4, generator=generator(seed), dtype=torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -272,6 +273,22 @@ def test_a_changed_setting_computes_what_it_changes(tmp_path):
     third.settings = {"train": {"lr": 1}, "evaluate": {"limit": 10}}
     run(more, third)
     assert len(third.trained) == 5  # three domains, joint on two and on three
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_renamed_experience_is_not_taken_for_the_old_one(tmp_path, monkeypatch, head):
+    """What is on disk is written by domain: buffers and results of the old name are of no use to the new."""
+    monkeypatch.setattr(ToyWorkshop, "fingerprint", lambda self, e: e.domain)
+    data = ToyWorkshop.data
+    monkeypatch.setattr(ToyWorkshop, "data", lambda self, e, split: data(self, replace(e, name=e.domain), split))
+    fields = {"merges": LINEAR, "strategies": [{"kind": "learned", "steps": 2}, "oracle"]}
+    run(s := stream_of(tmp_path, ("red", "green"), **fields), ToyWorkshop(s, remembers=head))
+    fields["experiences"] = [{"name": "red"}, {"name": "verde", "domain": "green"}]
+    run(s := stream_of(tmp_path, **fields), ToyWorkshop(s, remembers=head))
+    results = Results.load(s.out)
+    learned = next(r for r in results.runs if r.kind == "learned")
+    assert results.missing == 0 and learned.order == ("red", "verde")
+    assert all(None not in r.matrix[1] for r in results.runs) and set(learned.weights[1]) == {"red", "verde"}
 
 
 def test_a_head_learned_on_the_first_domain_makes_adapters_of_an_order(tmp_path):

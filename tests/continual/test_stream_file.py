@@ -96,7 +96,18 @@ def test_drawn_orders_differ_and_are_the_same_each_time():
         ({"buffer": {"per_class": 0}}, "per_class"),
         ({"buffer": {"perclass": 1}}, "per_class, total, selection"),
         ({"evaluate": {"split": "train"}}, "test or validation"),
-        ({"rank": "half"}, "rank"),
+        ({"rank": "half"}, "`rank`: 'half' is not known; give max or full"),
+        ({"seeds": [1, 1]}, "names a seed twice"),
+        ({"seeds": [-1]}, "`seeds[0]`: input should be greater than or equal to 0"),
+        ({"seeds": [2**32]}, "less than 4294967296"),
+        ({"orders": []}, "orders"),
+        ({"orders": 7}, "`orders`: 7 orders asked for, but 3 experiences have only 6"),
+        ({"merges": [{"rule": None}]}, "`merges[0]`: `rule` needs a name"),
+        ({"merges": [{"rule": ["linear", "ties"]}]}, "`rule` needs a name"),
+        ({"merges": [{"rule": "linear", "space": []}]}, "`merges[0].space`"),
+        ({"strategies": [{"kind": ["fixed"]}]}, "`strategies[0].kind`"),
+        ({"strategies": [{"kind": "uniform", "only": []}]}, "`strategies[0].only`"),
+        ({"strategies": [{"kind": "learned", "scales": []}]}, "`strategies[0].scales`"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, fields, says):
@@ -104,6 +115,18 @@ def test_what_is_wrong_is_named(tmp_path, fields, says):
         stream_of(tmp_path, **fields)
     assert says in str(error.value), error.value
     assert "stream.json" in str(error.value)
+    assert "at least 1 item after validation, not 0, not a list" not in str(error.value)
+
+
+@pytest.mark.parametrize("word", [".nan", ".inf"])
+@pytest.mark.parametrize("strategy", [{"kind": "fixed", "weight": 0.75}, {"kind": "learned", "start": 0.75}], ids=str)
+def test_numbers_are_finite(tmp_path, word, strategy):
+    path = stream_of(tmp_path, strategies=[strategy]).path
+    path.write_text(path.read_text().replace("0.75", word))
+    with pytest.raises(
+        LoralloyError, match=rf"`strategies\[0\]\.{list(strategy)[1]}`: input should be a finite number"
+    ):
+        DomainStream.load(path)
 
 
 def test_a_missing_task_is_named(tmp_path):

@@ -99,7 +99,13 @@ def test_the_fingerprint_is_of_the_rows(place, workshop, tmp_path):
 
 @pytest.mark.parametrize(
     ("train", "says"),
-    [({"lrr": 1}, "no option 'lrr'"), ({"seed": 1}, "the stream's own"), ({"save_dtype": "int8"}, "fp16, bf16, fp32")],
+    [
+        ({"lrr": 1}, "no option 'lrr'"),
+        ({"lr": "1e-3"}, r"`train\.lr` is '1e-3'; give a number, without quotes"),
+        ({"limit": 2.5}, "whole number"),
+        ({"seed": 1}, "the stream's own"),
+        ({"save_dtype": "int8"}, "fp16, bf16, fp32"),
+    ],
 )
 def test_wrong_training_options(place, train, says):
     with pytest.raises(LoralloyError, match=says):

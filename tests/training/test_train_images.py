@@ -156,7 +156,9 @@ def test_options_out_of_range_are_named(tmp_path):
     for options, said in (
         ({"rank": 0}, "option rank is 0"),
         ({"lr": -1.0}, "option lr is -1.0"),
-        ({"dropout": 1.0}, "dropout is from 0"),
+        ({"dropout": 1.0}, "option dropout is 1.0; it must be from 0 to below 1"),
+        ({"weight_decay": float("nan")}, "option weight_decay is nan"),
+        ({"targets": ""}, "option targets is"),
         ({"epochs": 3}, "no option 'epochs'; it has: rank"),
         ({"head": "half"}, "head 'half' is unknown"),
     ):

@@ -68,6 +68,18 @@ def test_a_uniform_start(form, b_max, fraction):
         assert float(slope.min()) > 0.01
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("b_max", [0.01, 0.4, 1.0, 1.001, 1.02, 1.04, 3.0])
+def test_every_scale_of_the_grid_can_be_started_from(form, b_max):
+    """However little room there is above 1; what "zero" starts from is among them."""
+    one = made(form, b_max=b_max)
+    zero, scales = float(one().detach()[0, 0]), one.scales()
+    assert form == "softmax" or any(scale == pytest.approx(zero) for scale in scales)
+    for scale in scales:
+        one.reset(scale)
+        assert torch.allclose(one(), torch.full((5, 3), scale), rtol=1e-4)
+
+
 def test_starts_outside_the_range_are_refused():
     for form, scale, said in (
         ("sigmoid", 3.0, r"\(0, 3\)"),

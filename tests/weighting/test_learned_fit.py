@@ -186,6 +186,22 @@ def test_everything_is_put_back(bank):
     assert not any(m._forward_hooks or "weight" in m.__dict__ for m in model.modules())
 
 
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_it_learns_wherever_it_is_called(around, bank):
+    objective, config = Regression({"a": 1.4, "b": 0.1, "c": 0.7}, bank), LearnConfig(steps=5)
+    want = learn(objective.model, bank, objective, rule="ties", config=config, progress=False)
+    with around():
+        got = learn(objective.model, bank, objective, rule="ties", config=config, progress=False)
+    assert got.weights == want.weights
+
+
+def test_an_objective_of_another_model_is_refused(bank):
+    model, objective = Nest(), Regression({"a": 1.4}, bank)
+    with pytest.raises(LoralloyError, match=r"no gradient flows .* must run the very model"):
+        learn(model, bank, objective, config=LearnConfig(start="zero"), progress=False)
+    assert all(p.requires_grad for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
+
+
 def test_a_given_learnable_is_used_and_kept(bank):
     objective = Regression({"a": 1.4, "b": 0.1, "c": 0.7}, bank)
     live = Learnable(objective.model, bank, "ties")

@@ -249,6 +249,14 @@ def test_embeddings_and_conv1d_of_gpt2(tmp_path):
         assert relative(got, want) < 1e-4
 
 
+def test_each_module_is_left_in_its_mode():
+    model, bank = Two(), two_bank()
+    model.eval().model["layers"][0].train()
+    before = [m.training for m in model.modules()]
+    regmean(model, bank, inputs_of(bank), progress=False)
+    assert [m.training for m in model.modules()] == before and len(set(before)) == 2
+
+
 def test_text_batches_are_prompts_without_padding():
     import tiny
 

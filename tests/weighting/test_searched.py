@@ -82,6 +82,21 @@ def test_the_penalty_is_lorahubs(base, bank):
     assert max(np.abs(list(e["alpha"].values())).max() for e in tight.history) <= 0.2
 
 
+def test_nothing_drops_out_while_it_measures(base, bank):
+    modes = []
+
+    def loss(rows, step=0):
+        modes.append(base.training)
+        return torch.tensor(0.25)
+
+    base.train()
+    try:
+        search(base, bank, SimpleNamespace(model=base, size=1, strata=["x"], loss=loss), config=QUICK, progress=False)
+        assert set(modes) == {False} and all(m.training for m in base.modules())
+    finally:
+        base.eval()
+
+
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_few_adapters(base, bank, adapters):
     few = bank.select(list("abc")[:adapters])

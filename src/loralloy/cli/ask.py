@@ -97,6 +97,9 @@ def ask(
         console.print(
             f"tasks of the index that have no adapter in {bank} are left out: {left}", markup=False, soft_wrap=True
         )
+    other = given.learned_for_other(str(get_rule(rule)), checked) if given and not json else None
+    if other:
+        console.print(f"note: {other}", markup=False, soft_wrap=True)
     loaded, tokenizer, base = load_model(model, dtype)
     answerer = Answerer(loaded, tokenizer, adapters, opened, base)
     answer = answerer.ask(question, choices, given, rule, checked, cut, template, max_new_tokens, threshold)

@@ -96,7 +96,7 @@ def learn(
         str | None,
         typer.Option(
             help="scale: the equal weight that does best; zero: the paper's; or a number.",
-            show_default="scale; entropy: 0.3", rich_help_panel=_HOW,
+            show_default="scale; entropy: 0.3, or zero under softmax", rich_help_panel=_HOW,
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Gradient steps.", show_default="60", rich_help_panel=_HOW)] = None,
@@ -120,8 +120,8 @@ def learn(
     seed: Annotated[int, typer.Option(help="Of the draw from tasks, the hold-out, the search, a rule's random masks.")] = 0,
     model: ModelOption = MODEL,
     dtype: DtypeOption = "auto",
-    plot: Annotated[OptionalPath, typer.Option(metavar="FILE", help="Save the weights as a picture.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing weights file.")] = False,
+    plot: Annotated[OptionalPath, typer.Option(metavar="FILE", help="Save the weights as a picture (PNG).")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing weights file and picture.")] = False,
     assume_same_base: SameBase = False,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -129,7 +129,6 @@ def learn(
 
     Example: loralloy learn examples/bank --buffer few.jsonl --rule ties --b-max 3 -o weights.json
     """
-    from ..atomic import check_free
     from ..bank import Bank, adapters_in
     from ..console import out as stdout
     from . import learned as shown
@@ -138,7 +137,7 @@ def learn(
     texts = parameters.given(context)
     seed = int(texts.pop("seed", seed))  # an option of rules too, so it arrives among them
     asked = check(strategy, rule, space, given, texts, seed)
-    check_free(out.absolute(), overwrite)
+    shown.check_outputs(out, plot, overwrite)
     examples = read(buffer, task, per_class, asked, seed)
     adapters = Bank.load([found for ref in bank for found in adapters_in(ref)], assume_same_base)
     if strategy == "regmean":
@@ -151,11 +150,11 @@ def learn(
     weights.explain["learned"] = shown.record(asked, result, measured)
     weights.save(out, overwrite)
     if plot is not None:
-        weights.plot(plot)
+        shown.draw(weights, plot, overwrite)
     if json:
         stdout.print_json(data=weights.to_dict() | {"out": str(out)})
     else:
-        shown.show(asked, result, measured, adapters, bank, out)
+        shown.show(asked, result, measured, adapters, bank, out, assume_same_base)
 
 
 def check(
@@ -180,6 +179,8 @@ def check(
     given = dict(given)
     if strategy in _BY_GRADIENT:
         learnable(part, where)
+        if strategy == "entropy" and given.get("form") == "softmax":  # 0.3 each is not within its range
+            given.setdefault("start", "zero")
         given["config"] = _learn_config(strategy, {name: given.pop(name) for name in _CONFIG if name in given}, seed)
         _check_coefficients(given, strategy)
     elif strategy == "search":

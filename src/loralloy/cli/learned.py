@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..atomic import atomic_file, check_free
+from ..errors import LoralloyError
+
 if TYPE_CHECKING:
     from ..bank import Bank
     from ..weighting.learned import Learned
     from ..weighting.measured import Figures
+    from ..weights import Weights
     from .learn import Asked
 
 
@@ -19,8 +24,27 @@ def record(asked: Asked, result: Learned, measured: Mapping[str, Mapping[str, Fi
     figures = {name: {d or "all": f.to_dict() for d, f in of.items()} for name, of in measured.items()}
     return {
         "strategy": asked.strategy, "rule": str(asked.rule), "space": asked.space,
+        "rank": asked.given.get("rank", "full"),
         "seconds": round(result.seconds, 2), "examples": figures,
     }  # fmt: skip
+
+
+def check_outputs(out: Path, plot: Path | None, overwrite: bool) -> None:
+    """Raise LoralloyError where the weights file or the picture could not be written, before any work."""
+    from ..weighting.gate_view import check_picture
+
+    check_free(out.absolute(), overwrite)
+    if out.is_dir():
+        raise LoralloyError(f"-o {out} is a folder; give the name of a file, such as {out / 'weights.json'}")
+    if plot is not None:
+        check_picture(plot, overwrite)
+
+
+def draw(weights: Weights, path: Path, overwrite: bool) -> None:
+    """Save the weights as a picture (PNG), whole or not at all."""
+    picture = io.BytesIO()
+    weights.plot(picture)  # type: ignore[arg-type]  # matplotlib writes PNG to a file object
+    atomic_file(path, picture.getvalue(), overwrite)
 
 
 def show(
@@ -30,6 +54,7 @@ def show(
     bank: Bank,
     given: Sequence[str],
     out: Path,
+    assume_same_base: bool = False,
 ) -> None:
     """Bars of the weights, how the run went, loss and accuracy before and after, and what to do next."""
     from ..console import out as stdout
@@ -44,7 +69,7 @@ def show(
     for text in _said(asked, result):
         line(text)
     line(f"wrote {out}")
-    line(f"next: {_merge(asked, given, out)}")
+    line(f"next: {_merge(asked, given, out)}{' --assume-same-base' * assume_same_base}")
 
 
 def _table(measured: Mapping[str, Mapping[str, Figures]]) -> Any:
@@ -81,9 +106,9 @@ def _said(asked: Asked, result: Learned) -> list[str]:
         errors = ", ".join(f"{name} {error:.3f}" for name, error in settings["error"].items())
         return [f"{rule}; relative error of the sum on each domain's inputs: {errors}; {result.seconds:.1f} s"]
     if asked.strategy == "search":
-        return [
-            f"{rule}; {settings['evaluations']} evaluations, the best was number {result.best_step + 1}; {result.seconds:.1f} s"
-        ]
+        base = "" if result.best_step else ", the plain base"
+        best = f"{settings['evaluations']} evaluations, the best was number {result.best_step + 1}{base}"
+        return [f"{rule}; {best}; {result.seconds:.1f} s"]
     steps = len(result.history) - 1
     lines = [f"{rule}; from {result.start_scale:.2f} each, {steps} steps; {result.seconds:.1f} s"]
     if settings["hold_out"]:

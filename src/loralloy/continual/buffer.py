@@ -155,7 +155,7 @@ class MemoryBuffer:
             return [offered[k] for k in order]
         kept = old
         for n, (row, i) in enumerate(offered, start=stratum.offered + 1):
-            if n <= self.per_class:
+            if n <= self.per_class and len(kept) == n - 1:  # all so far are here
                 kept.append((row, i))
                 continue
             place = int(self._hash(f"{stratum.domain}/{stratum.label}", f"#{n}")[:15], 16) % n
@@ -174,9 +174,10 @@ class MemoryBuffer:
                 largest = max(
                     self._strata.values(), key=lambda s: (len(s.rows), self._hash("evict", f"{s.domain}/{s.label}"))
                 )
-                if self.selection == "reservoir":  # places hold no order of preference
-                    worst = max(largest.rows, key=lambda row: self._hash(row.stratum, row.id))
-                    largest.rows.remove(worst)
+                if self.selection == "reservoir":  # places hold no order of preference: a draw of its own each time
+                    size = len(largest.rows)
+                    drawn = self._hash("evict", largest.rows[0].stratum, f"#{largest.offered}", f"{size}")
+                    del largest.rows[int(drawn[:15], 16) % size]
                 else:
                     largest.rows.pop()
         kept = {(row.domain, row.id) for row in self.rows}

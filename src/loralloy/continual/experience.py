@@ -168,7 +168,7 @@ def _strategies(entry: Any, at: At, merges: Sequence[Merge], document: Document)
     if not isinstance(entry, dict):
         raise document.wrong(at, f"{named(entry)} cannot stand here; give a kind, or a mapping with `kind`")
     kind = entry.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         said = (
             f"{kind!r} is not known{suggest(str(kind), list(KINDS))}"
             if "kind" in entry
@@ -197,7 +197,10 @@ def _strategies(entry: Any, at: At, merges: Sequence[Merge], document: Document)
 
 def _orders(given: Any, names: list[str], document: Document) -> tuple[tuple[str, ...], ...]:
     if isinstance(given, int):
-        return drawn_orders(names, given)
+        try:
+            return drawn_orders(names, given)
+        except LoralloyError as error:
+            raise document.wrong(("orders",), str(error)) from None
     for n, order in enumerate(given):
         if sorted(order) != sorted(names):
             raise document.wrong(("orders", n), f"an order names each experience once: {', '.join(names)}")
@@ -214,7 +217,9 @@ def drawn_orders(names: Sequence[str], count: int) -> tuple[tuple[str, ...], ...
     import math
 
     if count > math.factorial(len(names)):
-        raise LoralloyError(f"`orders` is {count}, but {len(names)} experiences have only {math.factorial(len(names))}")
+        raise LoralloyError(
+            f"{count} orders asked for, but {len(names)} experiences have only {math.factorial(len(names))}"
+        )
     generator, found = random.Random(0), [tuple(names)]
     while len(found) < count:
         order = list(names)
@@ -229,7 +234,9 @@ def _validated(model: Any, data: Any, document: Document, at: At) -> Any:
         # through JSON, where a list may be a tuple and 1 is still no text
         return model.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise document.error([_problem(model, item, at) for item in error.errors()]) from None
+        # a list whose entries are wrong is also told as too short
+        items = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]
+        raise document.error([_problem(model, item, at) for item in items]) from None
 
 
 _INNER: dict[str, type[Strict]] = {
@@ -237,8 +244,12 @@ _INNER: dict[str, type[Strict]] = {
 }  # fmt: skip
 
 
+_BRANCHES = ("constrained-", "literal[", "tuple[", "float")
+
+
 def _problem(model: type[Strict], item: Any, at: At) -> Problem:
-    where: At = (*at, *item["loc"])
+    # without pydantic's names for the branches of a union
+    where: At = (*at, *(x for x in item["loc"] if not str(x).startswith(_BRANCHES)))
     if item["type"] == "extra_forbidden":
         owner = _INNER.get(str(item["loc"][0]), model) if len(item["loc"]) > 1 else model
         known, name = list(owner.model_fields), str(item["loc"][-1])

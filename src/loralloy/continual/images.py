@@ -13,8 +13,9 @@ from ..live.vision import HEAD_FILE, ImageClassifier, load_backbone
 from ..tasks.images import ImageSet, load_images
 from ..training.config import SAVE_DTYPES
 from ..training.data import mix
-from ..training.image_config import ImageTrainConfig
+from ..training.image_config import ImageTrainConfig, find_targets
 from ..training.images import train_images
+from .fields import check_options
 from .workshop import Evaluation
 
 if TYPE_CHECKING:
@@ -57,13 +58,15 @@ class ImageWorkshop:
                 )
         given = dict(fields.train)
         self.save_dtype = given.pop("save_dtype", "fp16")
-        if self.save_dtype not in SAVE_DTYPES:
+        if not isinstance(self.save_dtype, str) or self.save_dtype not in SAVE_DTYPES:
             raise LoralloyError(f"`train.save_dtype` is {self.save_dtype!r}; use {', '.join(SAVE_DTYPES)}")
         if "seed" in given:
             raise LoralloyError("`train.seed` is the stream's own to set: remove it (`seeds` lists the seeds)")
+        check_options(given, ImageTrainConfig)
         if isinstance(given.get("targets"), list):
             given["targets"] = tuple(given["targets"])
         self.config = ImageTrainConfig.of(given)
+        find_targets(backbone, self.config.targets)
         self.classifier = ImageClassifier(backbone, first.classes, head=fields.images.head, size=fields.images.size)
         self.name = Path(fields.model).name
         self.base = BaseRef(self.name, None, self.classifier.fingerprint)
@@ -81,6 +84,9 @@ class ImageWorkshop:
         fields = stream.fields
         assert fields.images is not None
         sets = load_images(fields.images.path, fields.images.layout, fields.images.size)
+        for name in [e.domain for e in stream.experiences if e.domain in sets]:
+            if not sets[name].rows(fields.evaluate.split):
+                raise LoralloyError(f"domain {name!r} has no {fields.evaluate.split} images (`evaluate.split`)")
         dtype = fields.dtype
         if dtype == "auto" and pick_device(fields.device).type == "cpu":
             dtype = "float32"  # results must not depend on which dtype was faster in a timing
@@ -154,11 +160,13 @@ class ImageWorkshop:
     def objective(self, rows: Sequence[BufferRow], kind: str = "answer") -> Objective:
         from ..weighting.learned.images import ImageObjective
 
-        images, labels = self._buffer(rows)
+        # rows drawn without their labels have none; who needs them says so
+        labels = self._labels(rows) if all(row.label for row in rows) else None
+        images = self._images(rows)
         return ImageObjective(self.classifier, images, labels, [row.domain for row in rows], kind=kind)  # type: ignore[arg-type]
 
     def inputs(self, rows: Sequence[BufferRow]) -> list[dict[str, Any]]:
-        images, _ = self._buffer(rows)
+        images = self._images(rows)
         size = self._batch_size or (64 if self.classifier.device.type == "cpu" else 1024)
         return [{"pixel_values": self.classifier.pixels(part), **self.classifier.more} for part in images.split(size)]
 
@@ -170,14 +178,14 @@ class ImageWorkshop:
         if self.remembers():
             if not rows:
                 raise LoralloyError("prototypes need a memory buffer with at least one row")
-            self.classifier.fit_prototypes(*self._buffer(rows))
+            self.classifier.fit_prototypes(self._images(rows), self._labels(rows))
 
     def evaluate(self, experience: Experience) -> Evaluation:
         if experience.name not in self._tests:
             fields, data = self.stream.fields.evaluate, self.sets[experience.name]
             rows = data.rows(fields.split)[: fields.limit]
             if not rows:
-                raise LoralloyError(f"domain {experience.domain!r} has no {fields.split} images")
+                raise LoralloyError(f"domain {experience.domain!r} has no {fields.split} images (`evaluate.split`)")
             self._tests[experience.name] = data.load(rows).to(self.classifier.device), data.labels[rows]
         images, labels = self._tests[experience.name]
         found = self.classifier.predict(images, self._batch_size)
@@ -189,8 +197,8 @@ class ImageWorkshop:
         evaluate = self.stream.fields.evaluate
         return evaluate.batch_size if "batch_size" in evaluate.model_fields_set else None
 
-    def _buffer(self, rows: Sequence[BufferRow]) -> tuple[Tensor, Tensor]:
-        """Images uint8 [n, 3, h, w] and labels [n] of buffer rows, in their order."""
+    def _images(self, rows: Sequence[BufferRow]) -> Tensor:
+        """uint8 [n, 3, h, w] of buffer rows, in their order."""
         import torch
 
         by_domain: dict[str, list[int]] = {}
@@ -201,8 +209,13 @@ class ImageWorkshop:
             data = self.sets[name]
             loaded.append(data.load(data.find([rows[n].id for n in places])))
         back = torch.tensor([n for places in by_domain.values() for n in places]).argsort()
-        labels = [self.classifier.classes.index(row.label) for row in rows]
-        return torch.cat(loaded)[back], torch.tensor(labels)
+        return torch.cat(loaded)[back]
+
+    def _labels(self, rows: Sequence[BufferRow]) -> Tensor:
+        """int64 [n] of buffer rows."""
+        import torch
+
+        return torch.tensor([self.classifier.classes.index(row.label) for row in rows])
 
     def _restore_head(self) -> None:
         self.classifier.linear.load_state_dict(self._own)

@@ -164,6 +164,10 @@ class _Planner:
         self.train, self.evaluate = workshop.identity("train"), workshop.identity("evaluate")
         self.names = tuple(sorted(self.prints))
 
+    def named(self, domains: Sequence[str]) -> list[list[str]]:
+        """Names beside contents: buffers and results are written by domain, so a renamed one is not theirs."""
+        return [[name, self.prints[name]] for name in domains]
+
     def adapter(
         self, domains: Sequence[str], seed: int, init: AdapterJob | None, lead: AdapterJob | None
     ) -> AdapterJob:
@@ -183,7 +187,7 @@ class _Planner:
     def buffer(self, settings: BufferEntry, seed: int, arrived: Sequence[str]) -> BufferJob:
         free = MemoryBuffer(settings.per_class, settings.total, settings.selection, seed).order_free
         domains = tuple(sorted(arrived)) if free else tuple(arrived)
-        told = [PROTOCOL, settings.model_dump(mode="json"), seed, [self.prints[d] for d in domains], self.train]
+        told = [PROTOCOL, settings.model_dump(mode="json"), seed, self.named(domains), self.train]
         return BufferJob(digest(told), settings, seed, domains)
 
     def step(
@@ -196,7 +200,7 @@ class _Planner:
         buffer = self.buffer(settings, seed, arrived) if uses else None
         evaluated = tuple(sorted(evaluated))
         told = {
-            "protocol": PROTOCOL, "evaluate": self.evaluate, "data": [self.prints[d] for d in evaluated], "seed": seed,
+            "protocol": PROTOCOL, "evaluate": self.evaluate, "data": self.named(evaluated), "seed": seed,
             # one adapter as it is, is the same whichever strategy made it
             "strategy": strategy.settings if strategy and merge else bool(adapters),
             "merge": merge and merge.settings, "lead": lead and lead.key,

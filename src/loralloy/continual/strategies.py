@@ -45,10 +45,10 @@ class Merge:
 
 
 class MergeEntry(Strict):
-    """rule: a name, or a mapping with `name` and parameters. space, rank: one, or a list to try each."""
+    """rule: a name, or a mapping with `name` and parameters. space: one, or a list to try each. rank: of the merged adapter."""
 
     rule: Any = "linear"
-    space: Text | tuple[Text, ...] | None = None
+    space: Text | Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     rank: Count | Literal["max", "full"] | None = None
     name: Name | None = None
 
@@ -72,7 +72,7 @@ class Strategy(Strict):
     uses_buffer: ClassVar[bool] = False
 
     name: Annotated[str, Field(min_length=1, max_length=120)]
-    only: tuple[Text, ...] | None = None
+    only: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     per_class: Count | None = None
     total: Count | None = None
     selection: Selection | None = None
@@ -116,7 +116,7 @@ class _Gradient(Strategy):
     regularisation: AtLeast0 | None = None
     hold_out: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] | None = None
     patience: Count | None = None
-    scales: tuple[Positive, ...] | None = None
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
 
     def config(self) -> dict[str, Any]:
         """The given ones."""
@@ -238,7 +238,8 @@ def merge_of(entry: MergeEntry, rank: int | str | None) -> list[Merge]:
     from ..merging import get_rule
     from ..merging.plan import check_rule
 
-    given = {"name": entry.rule} if isinstance(entry.rule, str) else dict(entry.rule)
+    given = {"name": entry.rule} if isinstance(entry.rule, str) else entry.rule
+    given = dict(given) if isinstance(given, dict) else {}
     if not isinstance(given.get("name"), str):
         raise LoralloyError("`rule` needs a name: a rule such as ties, or {name: ties, density: 0.2}")
     rule = get_rule(given.pop("name"))

@@ -16,6 +16,7 @@ from ..live.scoring import correct, encode_prompt, predict
 from ..tasks.task import Example, Task
 from ..training.config import SAVE_DTYPES, TrainConfig
 from ..training.data import fit_prompt
+from .fields import EvaluateEntry, check_options
 from .workshop import Evaluation
 
 if TYPE_CHECKING:
@@ -48,11 +49,12 @@ class TextWorkshop:
         self.base = BaseRef(*parse_ref(stream.fields.model), base_fingerprint(model))
         given = dict(stream.fields.train)
         self.save_dtype = given.pop("save_dtype", "fp16")
-        if self.save_dtype not in SAVE_DTYPES:
+        if not isinstance(self.save_dtype, str) or self.save_dtype not in SAVE_DTYPES:
             raise LoralloyError(f"`train.save_dtype` is {self.save_dtype!r}; use {', '.join(SAVE_DTYPES)}")
         for name in ("seed", "init_adapter"):
             if name in given:
                 raise LoralloyError(f"`train.{name}` is the stream's own to set: remove it (`seeds` lists the seeds)")
+        check_options(given, TrainConfig)
         self.config = TrainConfig.of(None, given)
         self._tests: dict[str, tuple[list[Example], list[str]]] = {}
 
@@ -63,7 +65,7 @@ class TextWorkshop:
         from ..live.base import load_base, pick_device
 
         for experience in stream.experiences:
-            _task(experience).rows()
+            _test_rows(experience, stream.fields.evaluate)
         dtype, device = stream.fields.dtype, stream.fields.device
         if dtype == "auto" and pick_device(device).type == "cpu":
             dtype = "float32"  # results must not depend on which dtype was faster in a timing
@@ -170,11 +172,7 @@ class TextWorkshop:
     def evaluate(self, experience: Experience) -> Evaluation:
         fields = self.stream.fields.evaluate
         if experience.name not in self._tests:
-            examples = _task(experience).examples(fields.split, fields.limit)
-            if not examples:
-                raise LoralloyError(
-                    f"task {experience.name!r} has no {fields.split} rows; raise its `splits.{fields.split}`"
-                )
+            examples = _test_rows(experience, fields)
             self._tests[experience.name] = examples, [self._prompt(e, _task(experience)) for e in examples]
         examples, prompts = self._tests[experience.name]
         with progress() as bar:
@@ -201,6 +199,13 @@ class TextWorkshop:
             mask[row, : len(tokens)] = 1
         mask = mask.to(device)
         return {"input_ids": pad.to(device), "attention_mask": mask, "use_cache": False}, mask
+
+
+def _test_rows(experience: Experience, fields: EvaluateEntry) -> list[Example]:
+    examples = _task(experience).examples(fields.split, fields.limit)
+    if not examples:
+        raise LoralloyError(f"task {experience.name!r} has no {fields.split} rows; raise its `splits.{fields.split}`")
+    return examples
 
 
 def _task(experience: Experience) -> Task:

@@ -34,6 +34,7 @@ class _Module:
     kind: str
     basis: Basis
     w: Tensor | None = None  # set where the factors act beside the base
+    merged: Tensor | None = None  # set where the module's weight is W0 + dW
 
     def merge(self, w: Tensor) -> None:
         """Shadow the parameter: an instance's attribute is found before its parameter, which stays as it is."""
@@ -43,11 +44,21 @@ class _Module:
         base = weight.detach()
         base = base.T if turned else base.flatten(1)
         total = self.basis.combine(w.to(base.device), base)
-        self.module.__dict__["weight"] = total.T if turned else total.view(weight.shape)
+        self.put((None, total.T if turned else total.view(weight.shape)))
 
-    def clear(self) -> None:
-        self.w = None
-        self.module.__dict__.pop("weight", None)
+    def put(self, state: tuple[Tensor | None, Tensor | None]) -> None:
+        """Compute with this (w, merged) from now on; (None, None) is the base."""
+        if self.merged is not None:
+            self.module.__dict__.pop("weight", None)
+        self.w, self.merged = state
+        if self.merged is not None:
+            self.module.__dict__["weight"] = self.merged
+
+    @property
+    def taken(self) -> bool:
+        """Whether another composition shadows the weight."""
+        shadow = self.module.__dict__.get("weight")
+        return shadow is not None and shadow is not self.merged
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self.w is None:
@@ -69,7 +80,9 @@ class Learnable:
         present: [modules, n] bool, which adapter has which module.
 
     Args:
-        model: any module tree whose module names match the adapters'.
+        model: any module tree whose module names match the adapters'. What torch.compile makes of it does not see a merged
+            weight, so compile nothing before the bank is taken out. A deep copy that is made while coefficients are set has
+            them for good; a state dict is always the base's.
         bank: adapters of that model.
         rule, space: as for `merge`; what must be learnable (see :func:`loralloy.merging.basis.learnable`).
         base: what the loaded model is, where known; it is checked against the bank's.
@@ -77,7 +90,7 @@ class Learnable:
         on_module: called with each module's name when its terms are made (progress).
 
     Raises LoralloyError for another base model, a module the model does not have, shapes that do not fit, whole saved
-    modules, a quantised module, and a rule that cannot be learned through.
+    modules, a quantised module, a compiled model, and a rule that cannot be learned through.
     """
 
     def __init__(
@@ -103,13 +116,16 @@ class Learnable:
         self.names, self.modules = bank.names, bank.modules
         self.present = torch.tensor([[m in bank[n] for n in self.names] for m in self.modules])
         found = dict(model.named_modules())
+        if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in found.values()):
+            raise LoralloyError(
+                "the model is compiled, and what is compiled does not see the weights change; give the model before torch.compile"
+            )
         for name in self.modules:
             self._check(name, found.get(name))
         check_saved_modules(model, bank)
         weights = {name: found[name].weight for name in self.modules}
         self._parts: list[_Module] = []
         self._handles: list[Any] = []
-        self._table: Tensor | None = None
         bases: dict[str, Basis] = {}
         places = {name: (w.device, self._dtype(w, dtype)) for name, w in weights.items()}
         for place in dict.fromkeys(places.values()):
@@ -125,14 +141,15 @@ class Learnable:
         owner = next(n for n in self.names if name in self.bank[n])
         if module is None:
             raise LoralloyError(
-                f"adapter {owner!r} has module {name!r}, which the model does not; it is not of this base model"
+                f"adapter {owner!r} has module {name!r}, which the model does not; it is not of this base model (or the model is "
+                "wrapped, by PEFT say: give the model inside)"
             )
         try:
             check_fit(name, module, self.bank[owner].outline(name))
         except LoralloyError as error:
             raise error.within(f"module {name!r} of adapter {owner!r}") from None
         if "weight" in module.__dict__:
-            raise LoralloyError(f"module {name!r} holds another composition already; remove() that first")
+            raise LoralloyError(_taken(name))
         weight = module._parameters.get("weight")
         if weight is None or not weight.dtype.is_floating_point:
             raise LoralloyError(
@@ -158,13 +175,17 @@ class Learnable:
         """Set the coefficients: [n] for all modules or [modules, n], or Weights; None for the plain base.
 
         A table that asks for gradients (while they are enabled) keeps the way to it; any other is merged once.
-        Raises LoralloyError for a table of another shape and for weights that do not fit the bank.
+        Raises LoralloyError for a table of another shape, weights that do not fit the bank, a module under another
+        composition, and after `remove`.
         """
         if table is None:
-            self._table = None
             for part in self._parts:
-                part.clear()
+                part.put((None, None))
             return
+        if not self._handles:
+            raise LoralloyError("this bank was taken out of the model by remove(); make another Learnable")
+        if name := next((m for m, part in zip(self.modules, self._parts, strict=True) if part.taken), None):
+            raise LoralloyError(_taken(name))
         if isinstance(table, Weights):
             self.bank.check_weights(table)
             rows = [[table.of(n, m) for n in self.names] for m in self.modules]
@@ -177,23 +198,27 @@ class Learnable:
         flows = torch.is_grad_enabled() and table.requires_grad
         table = table if flows else table.detach()
         rows_ = [table] * many if table.ndim == 1 else list(table.unbind(0))
-        self._table = table
-        for part, w in zip(self._parts, rows_, strict=True):
-            part.clear()
-            if flows and part.basis.low_rank and part.kind == "linear":
-                part.w = w.to(part.basis.who.device)
-            else:
-                part.merge(w)
+        try:
+            for part, w in zip(self._parts, rows_, strict=True):
+                part.put((None, None))  # frees the sum before the next is made
+                if flows and part.basis.low_rank and part.kind == "linear":
+                    part.put((w.to(part.basis.who.device), None))
+                else:
+                    part.merge(w)
+        except BaseException:  # half of the modules under a composition is none
+            self.set(None)
+            raise
 
     @contextlib.contextmanager
     def at(self, table: Tensor | Weights | None) -> Iterator[nn.Module]:
         """The model under these coefficients inside the block; what was set before is set again after it."""
-        before = self._table
-        self.set(table)
+        before = [(part.w, part.merged) for part in self._parts]  # as it is: gradients may flow to it
         try:
+            self.set(table)
             yield self.model
         finally:
-            self.set(before)
+            for part, state in zip(self._parts, before, strict=True):
+                part.put(state if self._handles else (None, None))
 
     def remove(self) -> None:
         """Take everything out: the model is the plain base again."""
@@ -201,3 +226,7 @@ class Learnable:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _taken(name: str) -> str:
+    return f"module {name!r} holds another composition already; remove() that first"

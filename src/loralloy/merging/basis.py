@@ -80,7 +80,7 @@ class Basis:
         else:
             a, b = self._sides(w)
         dense = b @ a
-        return dense if onto is None else onto.detach() + dense.to(onto.dtype)
+        return dense if onto is None else (onto.detach() + dense).to(onto.dtype)
 
     def apply(self, x: Tensor, w: Tensor) -> Tensor:
         """dW(w) x for x [..., in], [..., out] in the terms' dtype; differentiable in w and in x."""

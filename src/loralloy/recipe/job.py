@@ -84,6 +84,8 @@ class Job:
             said += [f"adapter {name} has weight 0: it takes no part" for name in silent]
         unnamed = [name for name in self.bank.names if name not in self.weights.names]
         said += [f"adapter {name} has no weight in {self.recipe.weights}: it takes no part" for name in unnamed]
+        if (other := self.given.learned_for_other(str(self.rule), self.space)) is not None:
+            said.append(other)
         if self.left_out:
             said.append(f"{len(self.left_out)} of {len(self.bank.modules)} modules are left out (`modules`)")
         return said

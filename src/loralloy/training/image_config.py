@@ -52,11 +52,15 @@ class ImageTrainConfig:
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
                 raise LoralloyError(f"training option {name} is {value!r}; it must be a whole number of at least 1")
-        for name in ("alpha", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise LoralloyError(f"training option {name} is {getattr(self, name)!r}; it must be above 0")
-        if not 0 <= self.dropout < 1 or self.weight_decay < 0 or not self.targets:
-            raise LoralloyError("training options: dropout is from 0 to below 1, weight_decay at least 0, targets some")
+        for name, good, wanted in (
+            ("alpha", 0 < self.alpha < math.inf, "above 0"),
+            ("lr", 0 < self.lr < math.inf, "above 0"),
+            ("dropout", 0 <= self.dropout < 1, "from 0 to below 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("targets", all(self.targets) and len(self.targets) > 0, "names of targets"),
+        ):
+            if not good:
+                raise LoralloyError(f"training option {name} is {getattr(self, name)!r}; it must be {wanted}")
 
     @staticmethod
     def of(changes: dict[str, Any]) -> ImageTrainConfig:

@@ -13,7 +13,9 @@ No labels are needed. Only for a rule and space in which dW is the weighted sum.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import operator
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,20 +26,21 @@ from torch import Tensor, nn
 
 from ..errors import LoralloyError
 from ..factors import LoraFactors, widest
-from ..layerwise import layer_of
+from ..layerwise import GRANULARITIES, group_of
 from ..live import LiveModel
 from ..live.scoring import encode_prompt
 from ..merging import RULES, Rule
 from ..merging.plan import check_rule
 from ..weights import Weights
 from .learned import Learned
+from .learned.objective import frozen
+from .quadratic import Quadratic
 
 if TYPE_CHECKING:
     from ..bank import Bank
     from ..base_ref import BaseRef
 
 Batch = Mapping[str, Any]
-GRANULARITIES = ("adapter", "layer", "module")
 
 
 @dataclass
@@ -87,37 +90,6 @@ class _Moments:
         self.count.zero_()
 
 
-@dataclass(frozen=True)
-class Quadratic:
-    """sum_i E||(sum_j alpha_j dW_j - dW_i) x||^2 = alpha^T H alpha - 2 alpha^T c + constant. H [n, n], c [n]; modules add."""
-
-    H: Tensor
-    c: Tensor
-    constant: float
-
-    def __add__(self, other: Quadratic) -> Quadratic:
-        return Quadratic(self.H + other.H, self.c + other.c, self.constant + other.constant)
-
-    def error(self, alpha: Tensor) -> float:
-        """The relative error: the root of the quadratic at alpha over its value at 0; 0 where no adapter changes anything."""
-        lost = float(alpha @ self.H @ alpha - 2 * alpha @ self.c) + self.constant
-        return math.sqrt(max(0.0, lost) / self.constant) if self.constant > 0 else 0.0
-
-    def solve(self, ridge: float = 0.0) -> Tensor:
-        """The minimiser [n] of the error + ridge * sum_j H_jj (alpha_j - 1)^2.
-
-        The ridge pulls towards 1, each adapter as it was trained, so an adapter that no other disturbs stays at 1 whatever
-        the ridge; it is relative to H_jj, so a rescaled adapter does not change what it does. Directions that nothing
-        determines (equal adapters, a dW that no input meets) take the solution nearest to 1.
-        """
-        size = self.H.diagonal().clamp(min=0).sqrt()
-        scale = torch.where(size > 0, 1 / size, torch.zeros_like(size))
-        system = self.H * scale[:, None] * scale + ridge * torch.eye(len(size), dtype=self.H.dtype)
-        away = scale * (self.c - self.H.sum(1))  # the gradient at alpha = 1
-        step = torch.linalg.lstsq(system, away[:, None], driver="gelsd").solution[:, 0]
-        return 1 + scale * step
-
-
 def regmean(
     model: nn.Module,
     bank: Bank,
@@ -155,11 +127,11 @@ def regmean(
     check_domains(list(inputs), bank)
     began = time.perf_counter()
     quadratics, counts = collect(model, bank, inputs, under, base, progress)
-    groups: dict[object, Quadratic] = {}
+    groups: dict[str, Quadratic] = {}
     for module, q in quadratics.items():
         key = group_of(module, granularity)
         groups[key] = groups[key] + q if key in groups else q
-    whole = sum_of(quadratics.values())
+    whole = functools.reduce(operator.add, quadratics.values())
     alphas = {key: q.solve(ridge) for key, q in groups.items()}
     lost = sum(q.error(alphas[key]) ** 2 * q.constant for key, q in groups.items())
     ones = torch.ones_like(whole.c)
@@ -172,7 +144,7 @@ def regmean(
     table: dict[str, Any] = {}
     for i, name in enumerate(bank.names):
         if granularity == "adapter":
-            table[name] = float(alphas[None][i])
+            table[name] = float(alphas[""][i])
         else:
             table[name] = {m: float(alphas[group_of(m, granularity)][i]) for m in bank[name]}
     weights = Weights(table, "regmean", {"settings": settings})
@@ -214,23 +186,6 @@ def check_domains(domains: Sequence[str], bank: Bank) -> None:
             f"regmean needs inputs of each adapter's domain, and there are none of {', '.join(missing)}; add some, or leave "
             f"{'it' if len(missing) == 1 else 'them'} out of the bank"
         )
-
-
-def group_of(module: str, granularity: str) -> object:
-    """Modules of one key share their coefficients; a module of no layer is a layer of its own."""
-    if granularity == "adapter":
-        return None
-    layer = layer_of(module)
-    if granularity == "module" or layer is None:
-        return module
-    return module.split(f".{layer}.", 1)[0], layer  # an encoder's third layer is not the decoder's
-
-
-def sum_of(parts: Iterable[Quadratic]) -> Quadratic:
-    first, *rest = parts
-    for part in rest:
-        first = first + part
-    return first
 
 
 def collect(
@@ -284,11 +239,9 @@ def _run(
     def hook(part: _Moments) -> Any:
         return lambda module, args: part.add(module, args[0], mask)
 
-    training = model.training
-    model.eval()
     try:
         handles = [found[name].register_forward_pre_hook(hook(part)) for name, part in moments.items()]
-        with torch.no_grad(), bar_of() if progress else contextlib.nullcontext() as bar:
+        with frozen(model), torch.no_grad(), bar_of() if progress else contextlib.nullcontext() as bar:
             task = bar.add_task(f"inputs of {domain}", total=None) if bar else None
             for batch in batches:
                 mask = batch.get("attention_mask")
@@ -299,7 +252,6 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
     if not done:
         raise LoralloyError(f"there are no inputs of domain {domain!r}; give at least one")
     return done

@@ -23,7 +23,7 @@ from ..merging.plan import Rank
 from ..weights import Weights
 from .candidates import Candidates
 from .learned import Learned, Objective
-from .learned.objective import shares
+from .learned.objective import frozen, shares
 
 if TYPE_CHECKING:
     from ..bank import Bank
@@ -95,7 +95,7 @@ def search(
     history: list[dict[str, Any]] = []
     best = -1
     try:
-        with _bar(config.budget) if progress else contextlib.nullcontext(lambda _: None) as tell:
+        with frozen(model), _bar(config.budget) if progress else contextlib.nullcontext(lambda _: None) as tell:
             answer: float | None = None
             while len(history) < config.budget:
                 w = propose(answer)

@@ -1,7 +1,7 @@
 """Coefficients: what is learned, and how it becomes weights.
 
-The poster's form ("Adaptive LoRA Merging for Domain Incremental Learning", Coleman et al. 2024): alpha_i = sigmoid(c_i) b with
-b = 1 + (b_max - 1) sigmoid(b_raw), one shared b. The other forms, granularities and starts are ours.
+The poster's form ("Adaptive LoRA Merging for Efficient Domain Incremental Learning", Coleman et al. 2024): alpha_i =
+sigmoid(c_i) b with b = 1 + (b_max - 1) sigmoid(b_raw), one shared b. The other forms, granularities and starts are ours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LoralloyError
-from ...layerwise import layer_of
+from ...layerwise import group_of
 from ...weights import Coefficient, Weights
 
 Form: TypeAlias = Literal["sigmoid", "signed", "softmax"]
@@ -66,12 +66,12 @@ class Coefficients(nn.Module):
             raise LoralloyError(f"b_max {b_max!r} is not valid; give a number above 0, the bound of every weight")
         self.names, self.module_names = list(names), list(modules)
         self.form, self.granularity, self.b_max = form, granularity, float(b_max)
-        groups = {"adapter": lambda m: "", "layer": _layer, "module": lambda m: m}[granularity]
-        self.groups = list(dict.fromkeys(groups(m) for m in modules))
+        groups = [group_of(m, granularity) for m in modules]
+        self.groups = list(dict.fromkeys(groups))
         """What the rows of `c` are of."""
         at = {group: i for i, group in enumerate(self.groups)}
         self.row: Tensor
-        self.register_buffer("row", torch.tensor([at[groups(m)] for m in modules], dtype=torch.int64), persistent=False)
+        self.register_buffer("row", torch.tensor([at[g] for g in groups], dtype=torch.int64), persistent=False)
         everywhere = torch.ones(len(self.module_names), len(self.names), dtype=torch.bool)
         self.present: Tensor
         self.register_buffer("present", everywhere if present is None else present.clone(), persistent=False)
@@ -97,6 +97,14 @@ class Coefficients(nn.Module):
         low, high = self.range
         return low < scale < high or (self.form == "softmax" and self.b_max <= 1 and math.isclose(scale, high))
 
+    def scales(self) -> list[float]:
+        """A grid of uniform scales within the range, closer together where they are small; "zero" has its own among them."""
+        low, high = self.range
+        if self.form == "softmax":
+            return [low + (high - low) * f for f in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)] if high > low else [high]
+        grid = {0.15, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, (min(high, 1.0) + high) / 4, 0.9 * high}
+        return sorted(s for s in grid if s <= 0.9 * high)
+
     @torch.no_grad()
     def reset(self, start: float | Literal["zero"]) -> None:
         """Start over from a uniform scale, or "zero". Raises LoralloyError for a scale outside the range."""
@@ -117,8 +125,8 @@ class Coefficients(nn.Module):
                 self.b_raw.fill_(_logit((total - 1.0) / (self.b_max - 1.0)))
         else:
             if start > 0.9 * b and self.b_max > 1:  # near the end of c's range it would hardly move: raise b
-                b = max(math.sqrt(start * self.b_max), 1.0 + 0.05 * (self.b_max - 1.0), start / 0.95)
-                b = min(b, (start + 3 * self.b_max) / 4)
+                b = min(max(math.sqrt(start * self.b_max), start / 0.95), (start + 3 * self.b_max) / 4)
+                b = max(b, 1.0 + 0.05 * (self.b_max - 1.0))  # b lies above 1, however little room b_max leaves
                 self.b_raw.fill_(_logit((b - 1.0) / (self.b_max - 1.0)))
             self.c.fill_(math.atanh(start / b) if self.form == "signed" else _logit(start / b))
 
@@ -157,15 +165,6 @@ class Coefficients(nn.Module):
         settings = {"form": self.form, "b_max": self.b_max, "granularity": self.granularity, "b": b}
         alpha = [float(used.min()), float(used.max())]
         return Weights(found, "learned", {**settings, "alpha": alpha, **(explain or {})})
-
-
-def _layer(module: str) -> str:
-    """What its layer is called: all before and with the first number, so that an encoder's layers are not a decoder's."""
-    number = layer_of(module)
-    if number is None:
-        return module
-    head, _, _ = f".{module}.".partition(f".{number}.")
-    return f"{head}.{number}".strip(".")
 
 
 def _logit(p: float) -> float:

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ...console import progress as progress_bar
 from ...errors import LoralloyError
 from ...live.learnable import Learnable
-from ...weights import Weights
 from .coefficients import Coefficients, Form, Granularity
 from .config import LearnConfig
 from .objective import Objective, frozen, shares
+from .result import Learned
 
 if TYPE_CHECKING:
     from ...bank import Bank
@@ -27,30 +27,6 @@ if TYPE_CHECKING:
     from ...merging.rule import Rule
 
 _LOOK = 10  # steps between looks at the device: reading a loss waits for it
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What a run gives.
-
-    Attributes:
-        weights: the coefficients, source "learned"; `explain` holds the settings.
-        history: one entry a step, the start first: step, loss (nats, on the buffer), held_out (None without), alpha (mean of
-            each adapter over the modules that it has).
-        settings: everything that decides the result.
-        seconds: wall time, with that of making the terms.
-        start_scale: the uniform scale that it started from.
-        searched: the line search: (scale, loss) of each that was tried.
-        best_step: the entry of the history that the weights are of.
-    """
-
-    weights: Weights
-    history: list[dict[str, Any]]
-    settings: dict[str, Any]
-    seconds: float
-    start_scale: float
-    searched: list[tuple[float, float]] = field(default_factory=list)
-    best_step: int = 0
 
 
 def learn(
@@ -90,6 +66,8 @@ def learn(
     config = config or LearnConfig()
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # wherever it is called, gradients flow here
+        stack.enter_context(torch.enable_grad())
         bar = stack.enter_context(progress_bar()) if progress else None
         live = learnable
         if live is None:
@@ -200,7 +178,7 @@ class _Run:
     def search(self) -> list[tuple[float, float]]:
         """Start from the uniform scale with the least loss on the buffer (the smallest of equals)."""
         given = self.config.scales
-        scales = [s for s in given or _scales(self.coefficients) if self.coefficients.holds(s)]
+        scales = [s for s in given or self.coefficients.scales() if self.coefficients.holds(s)]
         if not scales:
             low, high = self.coefficients.range
             raise LoralloyError(
@@ -268,6 +246,11 @@ class _Run:
         for part in self.parts(rows, step):
             with self.live.at(self.coefficients()):
                 loss = part()
+                if not loss.requires_grad:
+                    raise LoralloyError(
+                        "no gradient flows from the loss to the coefficients; the objective must run the very model that is "
+                        "given, with gradients on"
+                    )
                 loss.backward()
             total = total + loss.detach()
         if self.pull:
@@ -306,12 +289,3 @@ class _Run:
             entry = {"step": step, "loss": loss, "held_out": held if self.held else None, "alpha": named}
             self.history.append(entry)
         self._waiting.clear()
-
-
-def _scales(coefficients: Coefficients) -> list[float]:
-    """The line search's grid: within the range, closer together where scales are small; alpha_0 of the poster among them."""
-    low, high = coefficients.range
-    if coefficients.form == "softmax":
-        return [low + (high - low) * f for f in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)] if high > low else [high]
-    grid = {0.15, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, (1 + high) / 4, 0.9 * high}
-    return sorted(s for s in grid if s <= 0.9 * high)

@@ -59,10 +59,10 @@ def frozen(model: Any) -> Iterator[None]:
     """No parameter of the model asks for a gradient and nothing drops out inside the block; both are put back after it."""
     asked = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in model.modules() if m.training]
-    model.eval()
-    for p in asked:
-        p.requires_grad_(False)
     try:
+        model.eval()
+        for p in asked:
+            p.requires_grad_(False)
         yield
     finally:
         for p in asked:
