@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from plan import RULES, Bench, Cell, Group, Job, needs, own
 
 from loralloy.adapter import Adapter
-from loralloy.atomic import atomic_file
 from loralloy.bank import Bank
 from loralloy.continual.buffer import BufferRow, MemoryBuffer
 from loralloy.continual.experience import DomainStream, Experience
@@ -291,10 +289,6 @@ def device_name(model: torch.nn.Module) -> str:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    atomic_file(path, json.dumps(result, separators=(",", ":")) + "\n")
 
 
 def toy(bench: Bench, stream: DomainStream) -> tuple[Bench, DomainStream]:

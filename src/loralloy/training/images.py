@@ -70,7 +70,7 @@ def train_images(
         raise LoralloyError("no domain given; give at least one")
     target, kind = Path(output).absolute(), classifier.kind
     check_free(target, overwrite)
-    with locked(target), _wrapped(classifier, config, init_adapter, seed) as model, _head(classifier, head) as linear:
+    with locked(target), wrapped(classifier, config, init_adapter, seed) as model, _head(classifier, head) as linear:
         check_free(target, overwrite)
         log, seconds, rows = _fit(classifier, model, linear, sets, config, seed)
         source = str(getattr(classifier.backbone.config, "_name_or_path", "") or "")
@@ -105,9 +105,7 @@ def train_images(
 
 
 @contextlib.contextmanager
-def _wrapped(
-    classifier: ImageClassifier, config: ImageTrainConfig, init: str | Path | None, seed: int
-) -> Iterator[Any]:
+def wrapped(classifier: ImageClassifier, config: ImageTrainConfig, init: str | Path | None, seed: int) -> Iterator[Any]:
     """The backbone as a PeftModel with float32 factors inside the block; the plain backbone again after it."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -187,7 +185,7 @@ def _fit(
             raise LoralloyError(f"domain {one.name!r} has no training rows; give it some")
     images = torch.cat([one.load(own) for one, own in zip(sets, numbers, strict=True)]).to(device)
     labels = torch.cat([one.labels[own] for one, own in zip(sets, numbers, strict=True)]).to(device)
-    order = _batches(len(images), config, seed).to(device)
+    order = step_rows(len(images), config, seed).to(device)
     moves = None
     if config.augment:
         drawn = affines(config.steps * config.batch_size, mix(seed, 1))
@@ -206,7 +204,7 @@ def _fit(
         task = bar.add_task(title, total=config.steps)
         for step in range(config.steps):
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * _rate(step, config.steps)
+                group["lr"] = config.lr * rate_at(step, config.steps)
             rows = order[step]
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 features = classifier.features(images[rows], None if moves is None else moves[step])
@@ -223,12 +221,12 @@ def _fit(
     if bad := [n for n, value in enumerate(values, 1) if not math.isfinite(value)]:
         raise LoralloyError(f"{title}: the loss is {values[bad[0] - 1]} at step {bad[0]}; lower lr")
     console.print(f"{title}: {config.steps} steps in {seconds:.1f} s, loss {values[-1]:.3f}", soft_wrap=True)
-    rates = [config.lr * _rate(step, config.steps) for step in range(config.steps)]
+    rates = [config.lr * rate_at(step, config.steps) for step in range(config.steps)]
     log = [{"step": n, "loss": v, "lr": r} for n, (v, r) in enumerate(zip(values, rates, strict=True), 1)]
     return log, seconds, len(images)
 
 
-def _batches(n: int, config: ImageTrainConfig, seed: int) -> Any:
+def step_rows(n: int, config: ImageTrainConfig, seed: int) -> Any:
     """[steps, batch] row numbers: one shuffled epoch after another, cut into batches."""
     import torch
 
@@ -238,7 +236,7 @@ def _batches(n: int, config: ImageTrainConfig, seed: int) -> Any:
     return torch.cat(epochs)[:wanted].reshape(config.steps, config.batch_size)
 
 
-def _rate(step: int, steps: int) -> float:
+def rate_at(step: int, steps: int) -> float:
     """A linear rise over 5 % of the steps, then a cosine down to 0."""
     warm = max(1, round(0.05 * steps))
     if step < warm:

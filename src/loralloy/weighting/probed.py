@@ -27,6 +27,8 @@ from ..errors import LoralloyError
 from ..factors import LoraFactors, widest
 from ..live.fit import check_fit
 from ..merging.cholesky import gram_root
+from ..merging.subspace import Span, span
+from .moments import Moments
 
 if TYPE_CHECKING:
     from ..bank import Bank
@@ -50,6 +52,7 @@ class Readings:
         sums: by signal, over an input's tokens, [N, M, n]; NaN where an adapter has no such module or its dW is 0.
         tokens: that were counted, [N, M].
         left_out: modules that were not probed, with the reason.
+        moments: by module, where they were asked for.
     """
 
     adapters: tuple[str, ...]
@@ -57,6 +60,7 @@ class Readings:
     sums: Mapping[str, np.ndarray]
     tokens: np.ndarray
     left_out: Mapping[str, str] = field(default_factory=dict)
+    moments: Mapping[str, Moments] = field(default_factory=dict)
 
     @property
     def inputs(self) -> int:
@@ -74,7 +78,7 @@ class Readings:
         return np.divide(total, seen, out=np.full_like(total, np.nan), where=seen > 0)
 
     def of(self, inputs: Sequence[int]) -> Readings:
-        """The same of some inputs."""
+        """The same of some inputs, without moments, which are of all of them."""
         index = list(inputs)
         sums = {name: values[index] for name, values in self.sums.items()}
         return Readings(self.adapters, self.modules, sums, self.tokens[index], self.left_out)
@@ -83,7 +87,9 @@ class Readings:
 class _Probe:
     """One module: the adapters' R A / ||dW||_F side by side, and what they answered."""
 
-    def __init__(self, target: nn.Module, factors: Mapping[str, LoraFactors], names: Sequence[str]) -> None:
+    def __init__(
+        self, target: nn.Module, factors: Mapping[str, LoraFactors], names: Sequence[str], moments: bool = False
+    ) -> None:
         weight = target.weight
         assert isinstance(weight, Tensor)  # check_fit has seen to it
         self.kind, self.names = next(iter(factors.values())).kind, names
@@ -104,6 +110,24 @@ class _Probe:
         self.counts: list[Tensor] = []
         self.mask: Tensor | None = None
         self.batch = 0
+        self.ranks = {n: f.rank for n, f in factors.items()}
+        self.span: Span | None = (
+            None  # of all A^T: moments are summed between orthonormal directions, where rounding is even
+        )
+        if moments:
+            at, wide = weight.device, widest(weight.device)
+            self.span = span(torch.cat([f.a.to(at, torch.float32) for f in factors.values()]).mT[None])
+            many = self.span.r.shape[1]
+            self.directions = self.span.lift(torch.eye(many, dtype=wide, device=at)[None])[0].float()
+            self.square = torch.zeros(many, many, dtype=wide, device=at)
+
+    @property
+    def moments(self) -> Moments:
+        """Of the tokens seen so far."""
+        assert self.span is not None
+        seen = torch.cat(self.counts).sum().clamp(min=1).to(self.square.dtype)
+        r = self.span.r[0].to(self.square.dtype)
+        return Moments(self.ranks, (r.mT @ (self.square / seen) @ r).cpu())
 
     def begin(self, mask: Tensor | None, batch: int) -> None:
         """The next batch: its attention mask, [b, length], and how many inputs it has."""
@@ -133,6 +157,9 @@ class _Probe:
             [unit / whole[..., None], unit * self.size, unit * base[..., None]], -2
         )  # [..., signals, n]
         found = torch.where(live[..., None, None], found, 0.0)
+        if self.span is not None:
+            y = (self.directions[x] if self.kind == "embedding" else x.float() @ self.directions)[live]
+            self.square += (y.mT @ y).to(self.square.dtype)
         if flat or live.shape[0] == self.batch:
             self.sums[-1] += found.reshape(self.batch, -1, *found.shape[-2:]).sum(1)
             self.counts[-1] += live.reshape(self.batch, -1).sum(1)
@@ -157,7 +184,12 @@ def _rooted(f: LoraFactors, device: torch.device) -> tuple[Tensor, float]:
 
 
 def probe(
-    model: nn.Module, bank: Bank, batches: Iterable[Batch], *, progress: Callable[[int], None] | None = None
+    model: nn.Module,
+    bank: Bank,
+    batches: Iterable[Batch],
+    *,
+    moments: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> Readings:
     """Run the base once over the calibration inputs and read how each adapter would answer, module by module.
 
@@ -166,6 +198,7 @@ def probe(
         bank: the adapters.
         batches: the model's arguments for each batch, as it takes them by keyword: ``input_ids`` and ``attention_mask``
             (see :func:`text_batches`), or ``pixel_values``. Tokens that the mask leaves out are not counted.
+        moments: whether to read :class:`Moments` too: one more thin product a module, in the same pass.
         progress: called after each batch with the number of inputs in it.
 
     Embeddings are read by their columns; convolutions are left out, and said. The model's mode and hooks are restored.
@@ -190,7 +223,7 @@ def probe(
         if factors[owner].kind == "conv":
             left_out[name] = "a convolution"
         else:
-            probes[name] = _Probe(found[name], factors, names)
+            probes[name] = _Probe(found[name], factors, names, moments)
     run = _without_head(model, probes)
     handles = [found[name].register_forward_hook(p.hook) for name, p in probes.items()]
     try:
@@ -220,7 +253,9 @@ def probe(
         )
     values = np.stack([_values(probes[name]) for name in kept], 2)  # [N, signals, M, n]
     sums: dict[str, np.ndarray] = {name: values[:, at] for at, name in enumerate(SIGNALS)}
-    return Readings(tuple(names), tuple(kept), sums, np.stack([tokens[name] for name in kept], 1), left_out)
+    seen_by = np.stack([tokens[name] for name in kept], 1)
+    answers = {name: probes[name].moments for name in kept} if moments else {}
+    return Readings(tuple(names), tuple(kept), sums, seen_by, left_out, answers)
 
 
 def _values(p: _Probe) -> np.ndarray:

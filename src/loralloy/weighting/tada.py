@@ -12,15 +12,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base_ref import BaseRef, compare
 from ..errors import LoralloyError
 from ..layerwise import layer_of
-from ..merging import Merged, Rule
+from ..merging import Merged, Plan, Rule
 from ..merging.tada import RULE, Found, watched
 from ..recipe import Recipe
 from ..recipe.job import Job, check_out
@@ -110,6 +110,7 @@ def compose(
     general: Iterable[Batch] | None = None,
     gate: Gate | None = None,
     rule: Rule = RULE,
+    judge: Literal["weights", "activations"] = "weights",
     rank: int | str | None = None,
     dtype: str | None = None,
     base: BaseRef | None = None,
@@ -129,6 +130,9 @@ def compose(
         general: batches of inputs of no domain, for gates whose `reference` is "general" (the default).
         gate: how the probe becomes weights; None for the defaults.
         rule: `tada` with its parameters, or any other: the gates are plain weights.
+        judge: what conflicts of `tada` are judged on: dW, or what it answers to the calibration inputs (see
+            :func:`loralloy.merging.tada.resolve`), which no recipe can repeat: `out` must be None then, and
+            ``merged.adapter`` be saved.
         rank: of the result; None for the rule's own (`tada`: the largest parent's).
         dtype: "fp16", "bf16", "fp32" or None for the adapters'.
         base: what the model is, where known; checked against the adapters'.
@@ -142,13 +146,19 @@ def compose(
         raise LoralloyError("one adapter is nothing to gate; give the task's adapter and at least one of the domain")
     if gate.needs_general and general is None:
         raise LoralloyError("reference 'general' needs inputs of no domain; give them (`general`), or reference 'none'")
+    on_activations = judge == "activations"
+    if on_activations and (rule.name != RULE.name or out is not None):
+        raise LoralloyError(
+            "conflicts are judged on activations by the rule 'tada' alone, and no recipe can repeat it: pass no `out`, and "
+            "save the adapter that comes back"
+        )
     if out is not None:
         check_out(Path(out).absolute(), overwrite)
     bank = _recipe(adapters, None, {"assume_same_base": assume_same_base}).prepare().bank
     _check_base(bank, base)
     clock = time.perf_counter
     start = clock()
-    readings = probe(model, bank, calibration, progress=on_inputs)
+    readings = probe(model, bank, calibration, moments=on_activations, progress=on_inputs)
     reference = probe(model, bank, general, progress=on_inputs) if gate.needs_general and general is not None else None
     probed = clock()
     weights = gate.weights(readings, reference)
@@ -166,14 +176,29 @@ def compose(
     }  # fmt: skip
     job = _recipe(adapters, weights, settings).prepare()
     seen: list[Found] = []
-    job = replace(
-        job, given=weights, weights=weights, rule=watched(job.rule, seen) if rule.name == RULE.name else job.rule
-    )
+    job = replace(job, given=weights, weights=weights)
+    if rule.name == RULE.name:
+        answers = in_order(job.plan(), readings) if on_activations else None
+        job = replace(job, rule=watched(job.rule, seen, answers))
     merged = job.merge(out, overwrite, on_module)
     seconds = {"probe": probed - start, "gates": gated - probed, "merge": clock() - gated}
     notes = [f"{len(of)} modules were not probed ({why})" for why, of in _reasons(readings).items()]
     notes += [*job.notes(), *merged.report.notes]
     return Outcome(merged, weights, readings, reference, depth, _conflicts(job, seen), seconds, tuple(notes))
+
+
+def in_order(plan: Plan, readings: Readings) -> list[Tensor]:
+    """The probe's moments of a plan's modules, of the adapters that take part, in the order of its batches.
+
+    Raises LoralloyError for a module that was not probed.
+    """
+    names, found = [p.name for p in plan.parents], []
+    for group in plan.groups:
+        for module in group.modules:
+            if module not in readings.moments:
+                raise LoralloyError(f"module {module!r} was not probed, so nothing is known of its activations")
+            found.append(readings.moments[module].of([names[i] for i in group.who]))
+    return found
 
 
 def _recipe(adapters: Sequence[str | os.PathLike[str]], weights: Weights | None, settings: Mapping[str, Any]) -> Recipe:

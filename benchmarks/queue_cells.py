@@ -1,0 +1,260 @@
+"""Work in groups of pieces, taken by several processes side by side, on one GPU or several; stopped anywhere, it goes on.
+
+A piece is done when its path is there (an adapter's folder, a cell's JSON file), and paths appear whole. A group is taken
+under a lock of the system, so that a killed process lets go of it. What fails is told, kept under OUT/errors, and tried again
+by the next call. Used by benchmarks/adaptive and benchmarks/tada.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loralloy.atomic import atomic_file
+from loralloy.evaluation.suite.locks import lock
+
+_NO_MEMORY = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """name: what is said of it. path: what is there when it is done. error: the stem of its file of errors, unique."""
+
+    name: str
+    path: Path
+    error: str
+
+
+class Queue:
+    """One process: it goes through the groups, in order, until nothing is left that it could take.
+
+    Subclasses say what the groups are. number, deadline, call: which process, until when something new may be begun (as
+    time.time() has it), and the name of the call that all its processes share.
+    """
+
+    def __init__(self, out: Path, number: int, deadline: float, call: str) -> None:
+        self.out, self.number, self.deadline, self.call = out, number, deadline, call
+        self.makes: set[Path] = set()  # what this call makes
+
+    # -- what the work is ----------------------------------------------------------------------------------------------
+
+    def queue(self) -> Sequence[Any]:
+        """The groups, in order."""
+        raise NotImplementedError
+
+    def pieces(self, group: Any) -> Sequence[Piece]:
+        raise NotImplementedError
+
+    def needs(self, group: Any) -> Sequence[Piece]:
+        """Pieces of other groups that must be there before."""
+        return ()
+
+    def lock_name(self, group: Any) -> str:
+        return str(group.name)
+
+    def label(self, group: Any) -> str:
+        """What lines of output begin with."""
+        return self.lock_name(group)
+
+    def opened(self, group: Any) -> bool:
+        """Whether this process can work on it: False is told by the subclass."""
+        return True
+
+    def work(self, group: Any, piece: Piece) -> str:
+        """Make the piece; what is to be said of it, or nothing."""
+        raise NotImplementedError
+
+    def failed(self, group: Any) -> None:
+        """After any error, before all else: let go of memory."""
+
+    def smaller(self, group: Any) -> bool:
+        """After running out of memory: ask for less of it the next time. False where that is not possible."""
+        return False
+
+    # -- how it is done ------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        queue = list(self.queue())
+        self.makes = {piece.path for group in queue for piece in self.pieces(group)}
+        while time.time() < self.deadline:
+            queue = [group for group in queue if not self.finished(group)]
+            waiting = moved = False
+            for group in queue:
+                state = self.take(group)
+                if state == "worked":
+                    moved = True
+                    break  # from the start again: what was not ready may be now
+                waiting = waiting or state == "busy"
+            if not moved and not waiting:
+                break
+            if not moved:
+                time.sleep(0.5)
+        return 0
+
+    def error(self, piece: Piece) -> Path:
+        return self.out / "errors" / f"{self.call}-{piece.error.replace('/', '-')}.txt"
+
+    def finished(self, group: Any) -> bool:
+        """Whether all of it is there, or has failed in this call."""
+        return all(piece.path.exists() or self.error(piece).exists() for piece in self.pieces(group))
+
+    def take(self, group: Any) -> str:
+        """What became of a group: "worked", "busy" (another process has it, or what it needs is being made), or "stuck"
+        (what it needs is not made by this call, or has failed)."""
+        missing = [piece for piece in self.needs(group) if not piece.path.exists()]
+        if missing:
+            comes = all(piece.path in self.makes and not self.error(piece).exists() for piece in missing)
+            return "busy" if comes else "stuck"
+        with lock(self.out / "locks" / self.lock_name(group), wait=False) as held:
+            if not held:
+                return "busy"
+            if not self.opened(group):
+                return "stuck"
+            for piece in self.pieces(group):
+                if not piece.path.exists():
+                    self.attempt(group, piece)
+            return "worked"
+
+    def attempt(self, group: Any, piece: Piece) -> None:
+        """Do it; out of memory is tried once more, in a while, with less. What fails is told and kept."""
+        if time.time() >= self.deadline or self.error(piece).exists():
+            return
+        for retry in (False, True):
+            try:
+                said = self.work(group, piece)
+                if said:
+                    self.say(f"{self.label(group)} {piece.name}: {said}")
+                return
+            except KeyboardInterrupt:
+                raise
+            except Exception as error:
+                self.failed(group)
+                said = str(error)
+                full = type(error).__name__ == "OutOfMemoryError" or any(words in said for words in _NO_MEMORY)
+                if full and not retry and self.smaller(group):
+                    time.sleep(5)
+                    continue
+                first = said.splitlines()[0] if said else type(error).__name__
+                self.say(f"{self.label(group)} {piece.name}: FAILED: {first}")
+                path = self.error(piece)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(traceback.format_exc(), encoding="utf-8")
+                if "CUDA error" in said and not full:  # this process can do nothing on the device any more
+                    raise SystemExit(1) from None
+                return
+
+    def say(self, text: str) -> None:
+        left = self.deadline - time.time()
+        clock = f"{left:6.0f} s left " if left < 1e8 else ""
+        print(f"{clock}[{self.number}] {text}", flush=True)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser, out: str) -> None:
+    """The flags that every such command has."""
+    add = parser.add_argument
+    add("--seeds", nargs="+", type=int, help="only these")
+    add("--jobs", type=int, default=1, help="processes side by side")
+    add("--until", type=float, default=1e9, help="seconds after which no training and no cell is begun")
+    add("--grace", type=float, default=30, help="seconds after that in which what has begun may end")
+    add("--pack", type=Path, help="put all cells into this .tar.xz at the end")
+    add("--gpus", type=int, help="GPUs that processes are spread over (default: all there are)")
+    add("--out", type=Path, help=f"adapters, cells, locks and errors ({out}, a toy's in toy/)")
+    add("--device", help="cpu, cuda (default: the plan's)")
+    add("--toy", action="store_true", help="few steps and rows: to see whether it runs, not a result")
+    add("--list", action="store_true", help="print the groups of cells in order, and stop")
+    add("--worker", nargs=3, metavar=("NUMBER", "DEADLINE", "RUN"), help=argparse.SUPPRESS)
+
+
+def settle(options: argparse.Namespace, out: Path) -> argparse.Namespace:
+    """With the folder that goes without saying: a toy never lies beside results."""
+    if options.out is None:
+        options.out = out / "toy" if options.toy else out
+    return options
+
+
+def launch(
+    file: str, words: Sequence[str], options: argparse.Namespace, left: Callable[[], int], folders: Sequence[str] = ()
+) -> int:
+    """Run the same command in options.jobs processes (``--worker``), and say what is left. `folders` are packed too."""
+    deadline, run = time.time() + options.until, secrets.token_hex(4)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    began = time.time()
+    import torch
+
+    gpus = options.gpus or torch.cuda.device_count()
+    one_each = [
+        environment | ({"CUDA_VISIBLE_DEVICES": str(n % gpus)} if gpus > 1 else {}) for n in range(options.jobs)
+    ]
+    command = [sys.executable, file, *words, "--worker"]
+    workers = [subprocess.Popen([*command, str(n), str(deadline), run], env=one) for n, one in enumerate(one_each)]
+    try:
+        codes = [_ended(worker, deadline + options.grace) for worker in workers]
+    finally:
+        for worker in workers:  # their files are whole: an adapter or a cell is there, or is not
+            if worker.poll() is None:
+                worker.kill()
+    if options.pack:
+        pack(options.out, options.pack, folders)
+    cells = sum(1 for _ in (options.out / "cells").glob("*/*.json"))
+    errors = len(list((options.out / "errors").glob(f"{run}-*")))
+    print(
+        f"{time.time() - began:.0f} s, {cells} cells; {left()} groups of work left, {errors} errors in this call",
+        flush=True,
+    )
+    return max(abs(code) for code in codes)
+
+
+def _ended(worker: subprocess.Popen[bytes], by: float) -> int:
+    """Its exit code; 0 for one that is still busy with its last piece of work when time is up."""
+    try:
+        return worker.wait(max(0.0, min(by - time.time(), 1e8)))
+    except subprocess.TimeoutExpired:
+        return 0
+
+
+def pack(out: Path, target: Path, folders: Sequence[str] = ()) -> None:
+    """All cells, and what went wrong, as one archive."""
+    import tarfile
+
+    with tarfile.open(target, "w:xz") as tar:
+        for name in ("cells", "errors", *folders):
+            if (out / name).is_dir():
+                tar.add(out / name, name)
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB", flush=True)
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    atomic_file(path, json.dumps(result, separators=(",", ":")) + "\n")
+
+
+def quiet() -> None:
+    """No progress bars of libraries, TF32 where there is a GPU."""
+    import torch
+    from transformers.utils import logging
+
+    from loralloy.console import console
+
+    logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("high")
+    console.quiet = True

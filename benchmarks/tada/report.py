@@ -1,0 +1,235 @@
+"""The report of TaDA from the cells: docs/results/tada-{language,vision}.{md,json,png}.
+
+python benchmarks/tada/report.py --screen        # which pairs have room, by validation rows
+python benchmarks/tada/report.py --development   # designs on the development pairs, from which pairs.yaml names some
+python benchmarks/tada/report.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [p for p in (str(HERE), str(HERE.parent), str(ROOT / "src")) if p not in sys.path]
+
+import claims  # noqa: E402
+from designs import BASELINES, DESIGNS, LEARNED, METHODS, RANKS, SIZES, TUNED_BESIDE, of_half  # noqa: E402
+from figures import draw  # noqa: E402
+from plan import ALONE, HALVES, Half, folder, groups, load  # noqa: E402
+from results import Cells, bits, packed, percent, table  # noqa: E402
+
+from loralloy.atomic import atomic_file  # noqa: E402
+
+ROOM, OVER_BASE = 0.03, 0.05  # the rule of pairs.yaml
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("half", nargs="*", help=f"only these: {', '.join(HALVES)}")
+    parser.add_argument("--cells", type=Path, default=ROOT / ".assets/tada/cells")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs/results")
+    parser.add_argument("--write", action="store_true", help="write the pages into --docs")
+    parser.add_argument("--again", action="store_true", help="from the .json files that lie in --docs")
+    parser.add_argument("--screen", action="store_true", help="print the room of the final pairs and the reserves")
+    parser.add_argument("--development", action="store_true", help="print the designs on the development pairs")
+    options = parser.parse_args(argv)
+    for name in options.half or HALVES:
+        half = load(name)
+        kept = options.docs / f"tada-{name}.json" if options.again else None
+        screen, develop, final = (read(options.cells, name, which, kept) for which in ("screen", "develop", "final"))
+        if options.screen:
+            print("\n".join([f"# {name}", "", *screened(half, screen)]))
+        elif options.development:
+            print("\n".join([f"# {name}", "", *developed(half, develop)]))
+        elif not final.rows:
+            print(f"{name}: no cells")
+        else:
+            verdicts = claims.verdicts(half, final)
+            for what, said, verdict in verdicts:
+                print(f"{name}: {what}: {verdict} ({said})")
+            if options.write:
+                told = {
+                    "version": 1,
+                    "verdicts": verdicts,
+                    "screen": screen.rows,
+                    "develop": develop.rows,
+                    "final": final.rows,
+                }
+                plain = json.dumps(told, separators=(",", ":")).replace(
+                    '{"version":1,"cell":', '\n{"version":1,"cell":'
+                )
+                atomic_file(options.docs / f"tada-{name}.json", plain + "\n")
+                atomic_file(options.docs / f"tada-{name}.md", page(half, screen, develop, final, verdicts))
+                atomic_file(options.docs / f"tada-{name}.png", draw(half, final))
+    return 0
+
+
+def read(folder: Path, half: str, which: str, kept: Path | None) -> Cells:
+    """The cells from their files, or from what an earlier report kept of them (row-by-row answers too: intervals need them)."""
+    if kept is not None:
+        return Cells(json.loads(kept.read_text(encoding="utf-8"))[which] if kept.is_file() else [])
+    found = Cells.load(folder / f"{half}-{which}").rows
+    kept_rows = [{k: _rounded(v) for k, v in row.items() if k != "tried"} for row in found]
+    return Cells([row | ({"correct": packed(row["correct"])} if "correct" in row else {}) for row in kept_rows])
+
+
+def screened(half: Half, cells: Cells) -> list[str]:
+    """Validation rows of seed 0, and which six the rule of pairs.yaml takes."""
+    rows, taken = [], []
+    for pair in (*half.pairs("final"), *half.pairs("reserves")):
+        seen = {
+            m: cells.by_pair(m, "", half.rank, "validation").get(pair, float("nan"))
+            for m in ("base", "task", "domain", "own")
+        }
+        room = seen["own"] - seen["task"] >= ROOM and seen["own"] - seen["base"] >= OVER_BASE
+        if room and len(taken) < len(half.pairs("final")):
+            taken.append(pair)
+        rows.append([pair, *(percent(v) for v in seen.values()), "yes" if room else "no"])
+    return [
+        *table(["pair", "base", "task adapter", "domain adapter", "own adapter", "room"], rows),
+        f"The rule takes: {', '.join(taken)}.", "",
+    ]  # fmt: skip
+
+
+def developed(half: Half, cells: Cells) -> list[str]:
+    """All that was tried on the development pairs, the best first."""
+    found = []
+    configs = [(m.name, "", half.rank) for m in ALONE]
+    configs += [(m.name, "ones", half.rank) for m in DESIGNS] + [(n, "best", half.rank) for n in TUNED_BESIDE]
+    titles = {m.name: m.title for m in ALONE}
+    for config in configs:
+        if cells.of(*config):
+            title = titles.get(config[0]) or METHODS[config[0]].title
+            said = f"{title} ({config[0]})" + (", best by validation" if config[1] == "best" else "")
+            beside = cells.difference(config, ("ties", "best", half.rank))
+            found.append((cells.average(*config), [said, *_pairs(half, cells, config, "development"), beside.points()]))
+    heads = ["method", *half.pairs("development"), "average", "against TIES at its best"]
+    return table(heads, [row for _, row in sorted(found, key=lambda item: -item[0])])
+
+
+def _pairs(half: Half, cells: Cells, config: tuple[str, str, int], which: str = "final") -> list[str]:
+    by = cells.by_pair(*config)
+    return [*(percent(by.get(p, float("nan"))) for p in half.pairs(which)), percent(cells.average(*config))]
+
+
+def main_table(half: Half, cells: Cells) -> list[str]:
+    mine = claims.ours(half)
+    rows = []
+    for m in ALONE:
+        rows.append([m.title, *_pairs(half, cells, (m.name, "", half.rank)), ""])
+    for at, said in (("even", "0.5/0.5"), ("ones", "1/1"), ("best", "best by validation")):
+        for m in (*BASELINES, *(METHODS[n] for n in half.designs)):
+            config = (m.name, at, half.rank)
+            if cells.of(*config):
+                title = f"**{m.title}**" if m.name in half.designs else m.title
+                other = cells.difference(config, mine).points() if config != mine else "is ours"
+                rows.append([f"{title}, {said}", *_pairs(half, cells, config), other])
+    for m in LEARNED:
+        config = (m.name, "", half.rank)
+        if cells.of(*config):
+            rows.append([m.title, *_pairs(half, cells, config), cells.difference(config, mine).points()])
+    return table(["", *half.pairs("final"), "average", "less ours"], rows)
+
+
+def gates(half: Half, cells: Cells) -> list[str]:
+    rows = []
+    for pair in half.pairs("final"):
+        found = [
+            r for (p, _), r in cells.of(half.designs[0], "ones", half.rank).items() if p == pair and "domain_share" in r
+        ]
+        if found:
+            thirds = [sum(r["domain_share"][k] for r in found) / len(found) for k in range(3)]
+            slopes = [
+                f"{r['slope'][0]:+.2f} [{r['slope'][1]:+.2f}, {r['slope'][2]:+.2f}]" for r in found if "slope" in r
+            ]
+            rows.append([pair, *(f"{t:.3f}" for t in thirds), "; ".join(slopes)])
+    return table(["pair", "first third", "middle", "last third", "slope by seed [over inputs]"], rows)
+
+
+def sizes(half: Half, cells: Cells) -> list[str]:
+    name, rows = half.designs[0], []
+    for n in sorted((*SIZES, half.calibration)):
+        config = (name if n == half.calibration else f"{name}~inputs{n}", "ones", half.rank)
+        if cells.of(*config):
+            rows.append(
+                [str(n), percent(cells.average(*config)), cells.difference(config, (name, "ones", half.rank)).points()]
+            )
+    return table(["calibration inputs", "average", "less the plan's number"], rows)
+
+
+def ranks(half: Half, cells: Cells) -> list[str]:
+    rows = []
+    for r in sorted((*RANKS, half.rank)):
+        shown = [("task", ""), ("domain", ""), ("linear", "ones"), ("ties", "ones"), (half.designs[0], "ones")]
+        pairs = half.pairs("final")[:2]
+        seen = [cells.of(m, at, r) for m, at in shown]
+        if all((p, half.seeds[0]) in s for s in seen for p in pairs):
+            rows.append(
+                [str(r), *(percent(sum(s[p, half.seeds[0]]["test"] for p in pairs) / len(pairs)) for s in seen)]
+            )
+    return table(["rank", "task adapter", "domain adapter", "linear 1/1", "TIES 0.2 1/1", "ours"], rows)
+
+
+def page(half: Half, screen: Cells, develop: Cells, final: Cells, verdicts: Sequence[tuple[str, str, str]]) -> str:
+    f, name = half.fields, half.name
+    devices = sorted({row["device"] for row in final.rows})
+    tested = {r["cell"]["pair"]: len(bits(r)) for r in final.rows if "correct" in r}
+    ablated = [[t, percent(a), d.points()] for t, a, d in claims.ablation_rows(half, final)]
+    design = of_half(METHODS[half.designs[0]], name)
+    merged = sorted(r["seconds"]["merge"] for r in final.of(half.designs[0], "ones", half.rank).values())
+    lines = [
+        f"# TaDA, {name}: one task adapter and one domain adapter", "",
+        f"Ours: {design.title} (`{design.name}`: rule {design.rule} {dict(design.values)}, gate {dict(design.gate or {})}, "
+        f"conflicts judged on {design.judge}), cut to rank {half.rank}. The formulas are this project's own (docs/tada.md); no "
+        "number is the paper's.", "",
+        f"Model `{Path(f['model']).name}`, rank {half.rank}, seeds {', '.join(map(str, half.seeds))} (adapters, heads, "
+        f"calibration samples of {half.calibration} inputs); {len(final.rows)} of {_planned(half)} cells, {', '.join(devices)}. "
+        "Pairs, losses, splits and the reasons for them: benchmarks/tada/pairs.yaml. Test rows: "
+        + ", ".join(f"{p} {tested[p]}" for p in half.pairs("final") if p in tested) + ".", "",
+        "Coefficients and densities at their best are those that validation rows of the domain choose, for ours and all others "
+        "alike; baselines are not cut to the rank unless it is said. Intervals: 95 %, a bootstrap of pairs, then seeds and rows "
+        "within a pair. Six pairs are few: an interval says what these six say.", "",
+        "```sh", "python benchmarks/tada/run.py --jobs 12 --until 540   # again until nothing is left",
+        "python benchmarks/tada/report.py --write", "```", "",
+    ]  # fmt: skip
+    parts: list[tuple[str, str, list[str]]] = [
+        ("What it was to show", "", table(["what", "measured", "verdict"], verdicts)),
+        ("All methods", f"Accuracy, %, means over seeds; the last column in points.\n\n![accuracy and gates](tada-{name}.png)",
+         main_table(half, final)),
+        ("Gates over depth", "The domain's share of the gate by third of the depth, mean over seeds.", gates(half, final)),
+        ("Ablations", "Ours at weights of 1, one part changed.", table(["", "average", "less ours at 1/1"], ablated)),
+        ("Calibration inputs", "", sizes(half, final)),
+        ("Ranks", "Two pairs, seed 0: no interval.", ranks(half, final)),
+        ("Development pairs", "What the design was chosen by; these pairs are in no figure above.", developed(half, develop)),
+        ("Screen", "Validation rows of seed 0, before any design was run on these pairs.",
+         screened(half, screen) if screen.rows else []),
+    ]  # fmt: skip
+    for heading, text, body in parts:
+        if body:
+            lines += [f"## {heading}", "", *([text, ""] if text else []), *body]
+    if merged:
+        lines += [f"A merge of ours took {merged[len(merged) // 2]:.2f} s (median, beside other processes)."]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _planned(half: Half) -> int:
+    """Cells of the final pairs that there are to compute."""
+    return sum(len(g.cells) for g in groups(half) if folder(half.name, g.part).endswith("final"))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
