@@ -6,7 +6,9 @@ from __future__ import annotations
 def test_refusals(cli, world, monkeypatch, tmp_path):
     monkeypatch.delenv("LORALLOY_API_KEY", raising=False)
     cli("serve", world.bank, "--host", "0.0.0.0").refused("--host 0.0.0.0", "LORALLOY_API_KEY")
-    cli("serve", tmp_path / "none").refused("no such folder")
+    refused = cli("serve", tmp_path / "none")
+    refused.refused("BANK", "no such folder", "give a folder of adapters")
+    assert "--bank" not in refused.err  # which this command does not have
     cli("serve", world.bank, "--model", tmp_path / "none").refused("none")
     cli("serve", world.bank, "--unlike", "0").refused("unlike is 0")
     cli("serve", world.bank, "--index", tmp_path / "none").refused("no index here")

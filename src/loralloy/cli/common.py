@@ -53,15 +53,17 @@ def parse_dtype(text: str | None) -> Any:
     return known[text]
 
 
-def load_bank(folder: str, assume_same_base: bool = False) -> Bank:
-    """The adapters of --bank; a folder that is not there is answered with the flag and the variable that name it."""
+def load_bank(folder: str, assume_same_base: bool = False, argument: bool = False) -> Bank:
+    """The adapters of --bank; a folder that is not there is answered with the flag and the variable that name it, or with
+    the argument BANK where the command has that instead."""
     from ..bank import Bank
     from ..hub import parse_ref
 
     if not Path(folder).exists() and parse_ref(folder)[1] is None:
-        raise LoralloyError(
-            f"--bank {folder}: no such folder here ({Path.cwd()}); pass --bank, or set LORALLOY_BANK, to a folder of adapters"
-        )
+        place = f"{folder}: no such folder here ({Path.cwd()})"
+        if argument:
+            raise LoralloyError(f"BANK {place}; give a folder of adapters")
+        raise LoralloyError(f"--bank {place}; pass --bank, or set LORALLOY_BANK, to a folder of adapters")
     return Bank.load(folder, assume_same_base)
 
 

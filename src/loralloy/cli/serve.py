@@ -63,7 +63,7 @@ def serve(
     if host not in LOCAL and not api_key:
         raise LoralloyError(f"--host {host} can be reached from elsewhere; set LORALLOY_API_KEY, or keep to {LOCAL[0]}")
     threshold = check_threshold(1.0 if no_fallback else unlike)
-    adapters = load_bank(bank, assume_same_base)
+    adapters = load_bank(bank, assume_same_base, argument=True)
     weigher: Any = None
     if index is not None:
         from .ask import open_router
