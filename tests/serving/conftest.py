@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from browser import Look, chromium, listening, slowly
 from serving_scenes import Api, Tiny
 
 from loralloy.bank import Bank
@@ -64,3 +65,41 @@ def serve(tiny, weigher):
 @pytest.fixture
 def api(serve):
     return serve()
+
+
+@pytest.fixture(scope="session")
+def playwright():
+    """Playwright; skips where it, the page's files or the browser are missing."""
+    made = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install -e '.[dev]'")
+    pytest.importorskip("nicegui", reason="no page: pip install -e '.[page]'")
+    if chromium() is None:
+        pytest.skip("no Chromium: apt-get install chromium, or name its executable in LORALLOY_CHROMIUM")
+    return made
+
+
+@pytest.fixture(scope="module")
+def browser(playwright):
+    with playwright.sync_playwright() as p:
+        # --no-sandbox: in containers tests run as root
+        made = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def start(tiny, weigher, browser, playwright, request):
+    """A server on a port and a tab for its page. `slow`: seconds more for each step; `options`: the service's; else the tab's."""
+
+    def go(world=tiny, key=None, index=True, slow=0.0, options=None, **context):
+        service = build(world.model, world.tokenizer, world.bank, weigher if index else None, **(options or {}))
+        request.addfinalizer(service.engine.scheduler.live.close)
+        if slow:
+            slowly(service, slow)
+        there = listening(service, key)
+        url = there.__enter__()
+        request.addfinalizer(lambda: there.__exit__(None, None, None))
+        look = Look(browser, url, service, playwright.expect, **context)
+        request.addfinalizer(look.close)
+        return look
+
+    return go

@@ -21,6 +21,8 @@ OPERATIONS = [
     ("POST", "/v1/route"),
     ("GET", "/v1/compositions"),
     ("POST", "/v1/compositions"),
+    ("POST", "/v1/layers"),
+    ("GET", "/v1/server"),
     ("GET", "/healthz"),
     ("GET", "/metrics"),
 ]

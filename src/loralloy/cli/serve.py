@@ -43,6 +43,7 @@ def serve(
     seconds: Annotated[float, typer.Option(min=0.1, help="The most a request may take.")] = 300.0,
     resident: Annotated[int, typer.Option(min=1, help="Adapters kept in memory beyond those in use.")] = 32,
     merged_mib: Annotated[int, typer.Option(min=1, help="MiB for merged compositions.")] = 2048,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Serve a page at / to ask and to compare.")] = True,
     dtype: DtypeOption = "auto",
     assume_same_base: SameBase = False,
 ) -> None:
@@ -87,7 +88,7 @@ def serve(
         max_bytes=merged_mib << 20,
         limits=Limits(max_tokens=max_tokens, seconds=seconds),
     )
-    app = create_app(service, api_key, list(LOCAL[:2]) if host in LOCAL else None)
+    app = create_app(service, api_key, list(LOCAL[:2]) if host in LOCAL else None, page)
     # one process: the model and its batch are in it
     uvicorn.run(
         app,

@@ -22,8 +22,18 @@ from .compositions import NotFound
 from .engine import Busy, Stopping
 from .grammar import AUTO, BASE, GrammarError
 from .guard import Guard, error_body
+from .page import add_page
 from .replies import Failed, Reply, TooLate
-from .schemas import ChatRequest, CompletionRequest, CompositionRequest, ErrorResponse, RouteRequest
+from .schemas import (
+    ChatRequest,
+    CompletionRequest,
+    CompositionRequest,
+    ErrorResponse,
+    LayersReport,
+    LayersRequest,
+    RouteRequest,
+    ServerReport,
+)
 from .service import Service
 
 T = TypeVar("T")
@@ -31,7 +41,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5X
 _STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
-def create_app(service: Service, key: str | None = None, hosts: Sequence[str] | None = None) -> FastAPI:
+def create_app(
+    service: Service, key: str | None = None, hosts: Sequence[str] | None = None, page: bool = True
+) -> FastAPI:
     """The application over a service, which it starts and stops.
 
     Args:
@@ -39,6 +51,7 @@ def create_app(service: Service, key: str | None = None, hosts: Sequence[str] | 
         key: the API key that /v1 and /metrics ask for.
         hosts: the values of a Host header that are answered, so that no web page can reach a local server under a name of
             its own; None for any.
+        page: whether there is a page at ``/``.
     """
 
     @asynccontextmanager
@@ -63,6 +76,8 @@ def create_app(service: Service, key: str | None = None, hosts: Sequence[str] | 
     _answer_errors(app)
     _openai(app, service)
     _own(app, service)
+    if page:
+        add_page(app)
     return app
 
 
@@ -122,6 +137,19 @@ def _own(app: FastAPI, service: Service) -> None:
             return service.described(ready).model_dump(exclude_none=True)
         async with service.compositions.use(asked) as ready:
             return service.described(ready).model_dump(exclude_none=True)
+
+    @app.post("/v1/layers")
+    async def layers(body: LayersRequest, request: Request) -> LayersReport:
+        """Where in the model a composition acts: the size of each adapter's part, and of the whole, by layer and projection."""
+        try:
+            return await _unless_gone(request, service.layers.measure(body.model, body.prepare))
+        except (asyncio.TimeoutError, TimeoutError):
+            raise TooLate("measuring took too long") from None
+
+    @app.get("/v1/server")
+    async def server() -> ServerReport:
+        """What this server has: an index or not, templates, rules, its limit of tokens."""
+        return service.report()
 
     @app.get("/healthz")
     async def health() -> JSONResponse:

@@ -6,7 +6,7 @@ A field that would change the answer and is not supported is refused, never igno
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -154,6 +154,10 @@ class CompositionRequest(Strict):
     prepare: bool = Field(False, description="Merge it now, if it needs a merge.")
 
 
+class LayersRequest(CompositionRequest):
+    """The composition to measure; with `prepare` it is merged first, if it needs a merge."""
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +192,42 @@ class Composed(BaseModel):
     key: str | None = Field(None, description="Hash of all that the merged adapter depends on.")
     route: Route | None = Field(None, description="With auto: why.")
     template: str | None = None
+
+
+Table: TypeAlias = list[list[float | None]]
+
+
+class LayerPart(BaseModel):
+    """What one adapter brings: ||w dW||_F."""
+
+    adapter: str
+    weight: float
+    norms: Table
+
+
+class LayersReport(BaseModel):
+    """Frobenius norms of a composition's parts: a row a layer, a column a projection; null where there is no module."""
+
+    composition: str
+    rule: str
+    cache: Literal["live", "hit", "merged", "cold"]
+    layers: list[str]
+    projections: list[str]
+    adapters: list[LayerPart]
+    total: Table | None = Field(None, description="||dW||_F of what answers; null while a merge it needs is not made.")
+
+
+class ServerReport(BaseModel):
+    """What a client can ask of this server."""
+
+    version: str
+    base: str | None = Field(None, description="The base model, as the bank names it.")
+    adapters: int
+    auto: bool = Field(description="Whether there is an index to route with.")
+    templates: list[str] = Field(description="What `loralloy.template` may be: auto, none, the index's tasks.")
+    chat: bool = Field(description="Whether the tokenizer has a chat form.")
+    rules: list[str]
+    max_tokens: int
 
 
 class Usage(BaseModel):

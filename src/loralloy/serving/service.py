@@ -9,16 +9,19 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..answer import scaffold
 from ..errors import LoralloyError
 from ..live.scoring import encode_prompt
+from ..merging import RULES
 from ..weights import Weights
 from .compositions import Compositions, Ready
 from .engine import Engine, Stream
+from .layers import LayerNorms
 from .metrics import Metrics
 from .routing import Routing
 from .sampling import Sampling
-from .schemas import ChatRequest, CompletionRequest, Composed, Neighbour, Route
+from .schemas import ChatRequest, CompletionRequest, Composed, Neighbour, Route, ServerReport
 
 if TYPE_CHECKING:
     from ..bank import Bank
@@ -68,6 +71,7 @@ class Service:
         self.limits, self.metrics = limits or Limits(), metrics or Metrics()
         self.metrics.watch(engine, compositions)
         self.tokenizer = engine.scheduler.tokenizer
+        self.layers = LayerNorms(compositions, self.limits.seconds)
         self.born = int(time.time())
 
     @property
@@ -78,8 +82,23 @@ class Service:
         """Let the rows end, as long as `stopping_seconds` allow, and stop."""
         self.engine.stop(self.limits.stopping_seconds)
         self.compositions.close()
+        self.layers.close()
         if self.routing:
             self.routing.close()
+
+    def report(self) -> ServerReport:
+        """What clients can ask for."""
+        tasks = list(self.routing.weigher.index.tasks) if self.routing else []
+        return ServerReport(
+            version=__version__,
+            base=self.bank.base.name,
+            adapters=len(self.bank),
+            auto=self.routing is not None,
+            templates=["auto", "none", *tasks] if self.routing else ["none"],
+            chat=bool(getattr(self.tokenizer, "chat_template", None)),
+            rules=list(RULES),
+            max_tokens=self.limits.max_tokens,
+        )
 
     # -- routing -------------------------------------------------------------------------------------------------------
 
