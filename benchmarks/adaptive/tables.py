@@ -227,8 +227,15 @@ def collapse(b: Bench) -> list[str]:
             return f"{sum(values) / len(values):.2f}" if values else ""
 
         accuracies = [percent(Mean.of(list(b.fixed(rule, space, w).values()))) for w in (0.25, 1.0, 3.0, 5.0)]
-        rows.append([title(rule, space), of("cross_over_sum"), of("merged"), *accuracies])
-    return table(["rule, space", "cross / sum", "norm at W=1 / an adapter's", "W=0.25", "W=1", "W=3", "W=5"], rows)
+        lengths = [1 / row["merged"] for row in found if row.get("merged")]
+        matching = f"{sum(lengths) / len(lengths):.2f}" if lengths else ""
+        means = {w: Mean.of(list(b.fixed(rule, space, w).values())) for w in GRID}
+        best = max((w for w in GRID if means[w].n), key=lambda w: means[w].value, default=None)
+        rows.append(
+            [title(rule, space), of("cross_over_sum"), of("merged"), matching, f"{best:g}" if best else "", *accuracies]
+        )
+    heads = ["rule, space", "cross / sum", "norm at W=1 / an adapter's", "W of an adapter's norm", "best W (hindsight)"]
+    return table([*heads, "W=0.25", "W=1", "W=3", "W=5"], rows)
 
 
 def ranks(b: Bench) -> list[str]:

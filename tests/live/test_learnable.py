@@ -20,6 +20,7 @@ from helpers import (
     tiny_gpt2,
     tiny_llama,
 )  # fmt: skip
+from loralloy.adapter import Adapter
 from loralloy.bank import Bank
 from loralloy.base_ref import BaseRef
 from loralloy.errors import LoralloyError
@@ -251,3 +252,27 @@ def test_refusals(base, bank):
     q.weight = nn.Parameter(q.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(LoralloyError, match="is a quantised Linear; load the model in float32 or bfloat16"):
         Learnable(model, bank)
+
+
+@pytest.mark.parametrize(("rule", "space"), RULES, ids=NAMED)
+def test_matching_scale(rule, space, base, bank):
+    """At it the merge is as long as the adapters are in the mean; dense float64 norms of what `merge` makes are the oracle."""
+    live = Learnable(base, bank, rule, space)
+    try:
+        scale = live.matching_scale()
+    finally:
+        live.remove()
+    merged = merge(bank, Weights(dict.fromkeys(bank.names, 1.0)), rule, space, rank="full", dtype=torch.float64).adapter
+    own = sum(float(a[m].dense(torch.float64).square().sum()) for a in bank.values() for m in a) / len(bank.names)
+    total = sum(float(merged[m].dense(torch.float64).square().sum()) for m in merged)
+    assert scale == pytest.approx(min(1.0, (own / total) ** 0.5), rel=1e-3)
+
+
+def test_matching_scale_of_what_cancels_out(base, bank):
+    a = bank["a"]
+    opposite = Adapter("minus", {m: LoraFactors(f.A, -f.B, f.scaling) for m, f in a.items()}, a.config, a.base)
+    live = Learnable(base, Bank([a, opposite]))
+    try:
+        assert live.matching_scale() == 1.0
+    finally:
+        live.remove()

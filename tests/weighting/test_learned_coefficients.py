@@ -69,15 +69,23 @@ def test_a_uniform_start(form, b_max, fraction):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("around", [1e-3, 0.07, 0.4, 1.0])
 @pytest.mark.parametrize("b_max", [0.01, 0.4, 1.0, 1.001, 1.02, 1.04, 3.0])
-def test_every_scale_of_the_grid_can_be_started_from(form, b_max):
-    """However little room there is above 1; what "zero" starts from is among them."""
+def test_every_scale_of_the_grid_can_be_started_from(form, b_max, around):
+    """However little room there is above 1, and wherever the merge is as long as the adapters are."""
     one = made(form, b_max=b_max)
-    zero, scales = float(one().detach()[0, 0]), one.scales()
-    assert form == "softmax" or any(scale == pytest.approx(zero) for scale in scales)
+    scales = one.scales(around)
+    assert scales == sorted(set(scales))
     for scale in scales:
         one.reset(scale)
         assert torch.allclose(one(), torch.full((5, 3), scale), rtol=1e-4)
+
+
+def test_the_grid_lies_around_a_scale():
+    one = made(b_max=3.0)
+    assert one.scales(0.4) == pytest.approx([0.16, 0.22, 0.3, 0.4, 0.54, 0.72])
+    assert made(b_max=0.5).scales(0.4) == pytest.approx([0.16, 0.22, 0.3, 0.4, 0.45])
+    assert made(b_max=0.3).scales(1.0) == pytest.approx([0.09, 0.18, 0.27])  # it lies beyond the range: all over that
 
 
 def test_starts_outside_the_range_are_refused():

@@ -50,6 +50,15 @@ def bank():
     )
 
 
+def around(bank: Bank) -> float:
+    """The scale that the line search lies around."""
+    live = Learnable(Nest(), bank)
+    try:
+        return live.matching_scale()
+    finally:
+        live.remove()
+
+
 FREE = LearnConfig(steps=150, regularisation=0.0, hold_out=0.0)
 
 
@@ -91,10 +100,12 @@ def test_weights_keep_the_loss_in_the_model(bank):
 
 
 def test_nothing_to_learn_stays_at_the_start(bank):
-    objective = Regression({"a": 1.0, "b": 1.0, "c": 1.0}, bank, rows=4)
+    level = around(bank)
+    truth = dict.fromkeys("abc", level)
+    objective = Regression(truth, bank, rows=4)
     done = learn(objective.model, bank, objective, progress=False)
-    assert done.start_scale == pytest.approx(1.0)
-    assert dict(done.weights.items()) == pytest.approx({"a": 1.0, "b": 1.0, "c": 1.0}, abs=0.01)
+    assert done.start_scale == pytest.approx(level)
+    assert dict(done.weights.items()) == pytest.approx(truth, abs=0.01)
 
 
 def test_the_pull_towards_the_start(bank):
@@ -123,8 +134,9 @@ def test_starts(bank):
     assert run(start="zero").start_scale == pytest.approx(1.0) and not run(start="zero").searched
     assert run(start=0.6).start_scale == pytest.approx(0.6)
     found = run()
-    assert found.start_scale == pytest.approx(0.3) and found.settings["scales"] == [s for s, _ in found.searched]
-    assert found.settings["scales"] == [0.15, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, pytest.approx(2.7)]
+    assert found.settings["scales"] == [s for s, _ in found.searched]
+    assert found.settings["scales"] == pytest.approx([around(bank) * f for f in (0.4, 0.55, 0.75, 1.0, 1.35, 1.8)])
+    assert found.start_scale == pytest.approx(min(found.settings["scales"], key=lambda s: abs(s - 0.3)))
     assert run(scales=(0.1, 0.9, 7.0)).settings["scales"] == [0.1, 0.9]
     with pytest.raises(LoralloyError, match=r"none of the scales \[3.0\] is within \(0, 3\)"):
         run(scales=(3.0,))

@@ -8,6 +8,7 @@ W0 + dW for as long as the coefficients are set, made once, so that a forward co
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..base_ref import BaseRef, compare
 from ..errors import LoralloyError
+from ..factors import norm
 from ..merging.basis import Basis, learnable, make_basis
 from ..weights import Weights
 from .fit import check_fit, check_saved_modules
@@ -170,6 +172,21 @@ class Learnable:
     def nbytes(self) -> int:
         """Memory of the terms."""
         return sum(part.basis.nbytes for part in self._parts)
+
+    @torch.no_grad()
+    def matching_scale(self) -> float:
+        """The uniform weight, at most 1, at which ||dW||_F of the merge is the root mean square of the adapters' own norms.
+
+        Over all modules. What these rules make grows in proportion to a uniform weight, so one merge tells. It is 1 where
+        the merge is no longer than the adapters are (they cancel out), or nothing at all.
+        """
+        merged = own = 0.0
+        for name, part in zip(self.modules, self._parts, strict=True):
+            ones = torch.ones(len(self.names), device=part.basis.who.device)
+            merged += float(torch.linalg.vector_norm(part.basis.combine(ones), dtype=torch.float64)) ** 2
+            own += sum(norm(f) ** 2 for f in self.bank.factors(name).values())
+        ratio = math.sqrt(own / len(self.names) / merged) if merged > 0 else math.inf
+        return min(ratio, 1.0) if ratio > 0 else 1.0
 
     def set(self, table: Tensor | Weights | None) -> None:
         """Set the coefficients: [n] for all modules or [modules, n], or Weights; None for the plain base.

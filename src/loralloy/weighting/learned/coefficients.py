@@ -97,13 +97,15 @@ class Coefficients(nn.Module):
         low, high = self.range
         return low < scale < high or (self.form == "softmax" and self.b_max <= 1 and math.isclose(scale, high))
 
-    def scales(self) -> list[float]:
-        """A grid of uniform scales within the range, closer together where they are small; "zero" has its own among them."""
+    def scales(self, around: float = 1.0) -> list[float]:
+        """A grid of uniform scales within the range: from 0.4 to 1.8 times one of them. For softmax, all over its range."""
         low, high = self.range
         if self.form == "softmax":
             return [low + (high - low) * f for f in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)] if high > low else [high]
-        grid = {0.15, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, (min(high, 1.0) + high) / 4, 0.9 * high}
-        return sorted(s for s in grid if s <= 0.9 * high)
+        most = 0.9 * high
+        grid = [around * f for f in (0.4, 0.55, 0.75, 1.0, 1.35, 1.8)]
+        within = [s for s in grid if s < most]
+        return [*within, most] if 0 < len(within) < len(grid) else within or [most / 3, most * 2 / 3, most]
 
     @torch.no_grad()
     def reset(self, start: float | Literal["zero"]) -> None:

@@ -23,7 +23,8 @@ class LearnConfig:
             quarter where every stratum has at least 4, else none.
         patience: steps without a better held-out loss after which a run ends (only with a hold-out).
         start: "scale" (ours): the best uniform scale by a line search on the buffer; "zero": the poster's alpha_0; or a scale.
-        scales: what the line search tries, as far as they lie within the form's range; None for a grid that suits b_max.
+        scales: what the line search tries, as far as they lie within the form's range; None for 0.4 to 1.8 times the scale at
+            which the merge is as long as the adapters are (:meth:`loralloy.live.learnable.Learnable.matching_scale`).
         rows_at_once: rows of one forward, which bounds memory; the gradient is that of all of them.
         seed: of the hold-out and the batches.
 

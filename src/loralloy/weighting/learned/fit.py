@@ -176,9 +176,14 @@ class _Run:
     # -- the start -----------------------------------------------------------------------------------------------------
 
     def search(self) -> list[tuple[float, float]]:
-        """Start from the uniform scale with the least loss on the buffer (the smallest of equals)."""
+        """Start from the uniform scale with the least loss on the buffer (the smallest of equals).
+
+        Tried are those near the scale at which the merge is as long as an adapter (:meth:`Learnable.matching_scale`): on a
+        few rows a far larger one may have the least loss by luck, and it takes the model to where no adapter has been.
+        """
         given = self.config.scales
-        scales = [s for s in given or self.coefficients.scales() if self.coefficients.holds(s)]
+        grid = given or self.coefficients.scales(self.live.matching_scale())
+        scales = [s for s in grid if self.coefficients.holds(s)]
         if not scales:
             low, high = self.coefficients.range
             raise LoralloyError(
