@@ -25,6 +25,7 @@ COMMANDS = {
     "tada",
     "learn",
     "serve",
+    "front",
 }
 
 

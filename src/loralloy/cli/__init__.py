@@ -14,6 +14,7 @@ from . import (
     demo,
     evaluate,
     export,
+    front,
     index,
     inspect,
     learn,
@@ -24,6 +25,7 @@ from . import (
     serve,
     tada,
     train,
+    vllm,
 )
 
 app = typer.Typer(
@@ -34,10 +36,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (ask, route, merge, learn, tada, rules, inspect, index, train, evaluate, report, export, serve, demo):
+for module in (
+    ask,
+    route,
+    merge,
+    learn,
+    tada,
+    rules,
+    inspect,
+    index,
+    train,
+    evaluate,
+    report,
+    export,
+    serve,
+    front,
+    demo,
+):
     command = getattr(module, module.__name__.rsplit(".", 1)[-1])
     app.command(cls=getattr(module, "COMMAND", None))(command)
 app.add_typer(continual.app, name="continual")
+app.add_typer(vllm.app, name="vllm")
 
 
 @app.callback(invoke_without_command=True)

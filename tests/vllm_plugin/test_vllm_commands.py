@@ -1,0 +1,47 @@
+"""`loralloy vllm check` and `loralloy front`, as people run them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from loralloy.cli import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_check(bank_folder, tmp_path):
+    def check(*names):
+        done = run("vllm", "check", *names, "--bank", bank_folder, "--rank", 8, "--cache", tmp_path / "c", "--json")
+        return done.exit_code, json.loads(done.stdout)
+
+    code, (alone, fits, cut) = check("a", "a + b", "a + b + c")
+    assert code == 0 and alone["served"] == "as it is in the bank"
+    assert (fits["rank"], fits["cut"], cut["rank"], cut["cut"]) == (8, False, 8, True)
+    assert fits["served"] == "merged when asked for"
+    done = run("vllm", "check", "a + b", "--bank", bank_folder, "--rank", 8, "--cache", tmp_path / "c", "--merge")
+    assert done.exit_code == 0 and "served: merged now" in done.stdout
+    assert check("b + a")[1][0]["served"] == "from the cache"
+
+
+def test_check_says_why_not(bank_folder):
+    done = run("vllm", "check", "a +", "auto", "--bank", bank_folder)
+    assert done.exit_code == 1
+    assert "not served: composition 'a +', character 4" in done.stdout and "loralloy front" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--host", "0.0.0.0"], "LORALLOY_API_KEY"),
+        (["--vllm", "localhost:8000"], "is no address"),
+        (["--step", "0"], "step"),
+    ],
+)
+def test_front_refuses(bank_folder, flags, says):
+    done = run("front", bank_folder, "--index", "none", *flags)
+    assert done.exit_code == 1 and says in str(done.exception)
