@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import threading
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -20,6 +18,7 @@ from ..bank import Bank
 from ..errors import LoralloyError
 from ..factors import LoraFactors, compute_dtype
 from ..layerwise import layer_of
+from ..side_by_side import in_order
 from . import signs
 from .group import Group, zeros
 
@@ -142,16 +141,11 @@ def overlap(
         return group, len(factors) > 1 and math.prod(next(iter(factors.values())).shape) > exact_entries
 
     parts, sampled = [], []
-    with _workers() as workers:
-        pool = ThreadPoolExecutor(workers)
-        try:
-            for module, (group, some) in zip(modules, pool.map(measure, modules), strict=True):
-                parts.append(group)
-                sampled += [module] if some else []
-                if on_module:
-                    on_module(module)
-        finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
+    for module, (group, some) in zip(modules, in_order(measure, modules), strict=True):
+        parts.append(group)
+        sampled += [module] if some else []
+        if on_module:
+            on_module(module)
     return Overlap(
         names,
         parts,
@@ -162,18 +156,6 @@ def overlap(
         exact_entries,
         seed,
     )
-
-
-@contextlib.contextmanager
-def _workers(most: int = 8) -> Iterator[int]:
-    """One thread a module instead of several an operation: the operations are many and small, and waiting for one another
-    costs more than they do (ten times, where another process wants the cores)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield min(threads, most)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _example(modules: list[str]) -> str:
