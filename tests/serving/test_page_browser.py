@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from dataclasses import replace
@@ -213,3 +214,18 @@ def test_from_an_answer_to_its_layers(start):
     look.button("See its layers").click()
     look.expect(look.field("Composition to measure")).to_have_value("cooking")
     look.expect(look.page.get_by_role("table")).to_be_visible()
+
+
+def test_a_late_word_on_what_stood_in_the_field_is_not_heard(start):
+    look = start().open()
+    held = []
+    look.context.route("**/v1/models/*", lambda route: held.append(route))
+    with look.page.expect_request("**/v1/models/spam"):
+        look.field("Composition").fill("spam")
+    look.field("Composition").fill("")
+    look.expect(look.page.get_by_text("Give a composition.")).to_be_visible()
+    for route in held:
+        with contextlib.suppress(Exception):  # given up by the page
+            route.fulfill(status=200, json={"id": "spam"})
+    look.page.wait_for_timeout(200)
+    look.expect(look.page.get_by_text("Give a composition.")).to_be_visible()

@@ -30,8 +30,12 @@ def test_with_a_key_nothing_is_told_without_it(start):
     other = look.context.new_page()
     other.goto(look.url)
     other.get_by_role("heading", name="This server asks for a key").wait_for()
+    look.ask(PROMPT)
+    look.answered()
+    look.expect(look.lane().locator(".near li").first).to_be_visible()
     look.button("Forget the key").click()
     look.page.get_by_role("heading", name="This server asks for a key").wait_for()
+    assert "spam" not in look.page.content() and look.tab("Ask").count() == 0  # with the key goes what it has shown
 
 
 def test_a_phone_s_width_and_the_system_s_dark_mode(start):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from vllm_bank import MODULES, small
 
 from helpers import delta, factors, relative
@@ -152,7 +156,64 @@ def test_what_vllm_has_no_layer_for_is_refused(compose):
         embedded.config,
         embedded.base,
     )
-    composer = compose(bank=Bank([small("a", 1), saved, embedded]))
-    for text, says in (("a + saved", "lm_head.weight"), ("saved", "modules_to_save"), ("0.5*embedded", "embed_tokens")):
+    announced = small("announced", 7)  # without the tensors: vLLM refuses the configuration
+    announced.config = replace(announced.config, modules_to_save=("lm_head",))
+    composer = compose(bank=Bank([small("a", 1), saved, embedded, announced]))
+    for text, says in (
+        ("a + saved", "lm_head.weight"),
+        ("2*announced", "lm_head"),
+        ("saved", "modules_to_save"),
+        ("0.5*embedded", "embed_tokens"),
+    ):
         with pytest.raises(LoralloyError, match=says):
             composer.compose(text)
+
+
+def as_default(tensors, said):
+    return {k.replace(".weight", ".default.weight"): v for k, v in tensors.items()}, said
+
+
+def with_alphas(tensors, said):
+    return tensors | {k.replace("lora_A.weight", "alpha"): torch.tensor(9.0) for k in tensors if "lora_A" in k}, said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        as_default,
+        with_alphas,
+        lambda tensors, said: (tensors, said | {"target_modules": None}),
+        lambda tensors, said: (tensors, said | {"r": 64, "rank_pattern": {".*_proj": 4}}),
+    ],
+)
+def test_an_adapter_that_only_a_bank_can_read_is_written_anew(compose, bank_folder, change):
+    """vLLM says of these that the adapter could not be loaded, or takes another alpha."""
+    file, config_file = (bank_folder / "a" / f for f in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors, said = change(load_file(file), json.loads(config_file.read_text()))
+    save_file(tensors, file)
+    config_file.write_text(json.dumps(said))
+    composer = compose(rank=8)
+    composed = composer.compose("a")
+    assert composed.merged and composed.path.parent == composer.store.folder
+    with safe_open(composed.path / "adapter_model.safetensors", "pt") as stored:
+        assert set(stored.keys()) == {f"base_model.model.{m}.lora_{s}.weight" for m in MODULES for s in "AB"}
+    got = config(composed)
+    assert got["r"] <= 8 and got["rank_pattern"] == {} and got["target_modules"]
+    for module, dense in delta(composer.bank["a"]).items():
+        assert relative(made(composed)[module], dense) < 1e-6
+
+
+def test_one_deleted_as_it_is_found_is_merged_again(compose, monkeypatch):
+    composer = compose()
+    composed = composer.compose("0.5*a")
+    hold = composer.store.hold
+
+    def then_gone(key):
+        held = hold(key)
+        shutil.rmtree(composed.path)
+        return held
+
+    monkeypatch.setattr(composer.store, "hold", then_gone)
+    assert composer.ready("0.5*a") is None
+    monkeypatch.undo()
+    assert composer.compose("0.5*a").merged

@@ -2,105 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from front_scenes import SPAM, Fronted
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loralloy.serving.grammar import parse
-from loralloy.serving.routing import Routing
-from loralloy.vllm_plugin.forward import Upstream
-from loralloy.vllm_plugin.front import Front, create_front
-from loralloy.weights import Weights
 
 KEYS = st.sampled_from(("model", "prompt", "messages", "role", "content", "type", "text", "loralloy", "neighbours"))
-SPAM = {"sms_spam": 0.68, "sarcasm": 0.23, "question_type": 0.09}
-
-
-class Weigher:
-    """The word "unlike" in a text makes it unlike the index; accents stay in a neighbour."""
-
-    def weigh_batch(self, texts):
-        near = [{"id": "1", "task": "sms_spam", "distance": 0.2, "text": "Gewonnen! Prämie é " + "x" * 50}] * 3
-        return [
-            Weights(SPAM, explain={"unlike": 0.999 if "unlike" in text else 0.2, "neighbours": near}) for text in texts
-        ]
-
-
-def make_vllm(seen):
-    app = FastAPI()
-
-    @app.get("/v1/models")
-    async def models():
-        return {"data": [{"id": "a+b", "parent": "the-base"}, {"id": "the-base", "parent": None}]}
-
-    @app.post("/v1/{kind:path}")
-    async def complete(kind: str, request: Request):
-        raw = await request.body()
-        seen.append(
-            {"path": request.url.path, "raw": raw, "headers": dict(request.headers), "query": request.url.query}
-        )
-        try:
-            body = json.loads(raw)
-        except ValueError:
-            return JSONResponse({"error": {"message": "no JSON"}}, 400)
-        if body.get("prompt") == "missing once" and len(seen) == 1:
-            return JSONResponse({"error": {"message": "does not exist"}}, 404)
-        if body.get("stream"):
-
-            async def events():
-                for i in range(3):
-                    yield f'data: {{"n": {i}}}\n\n'
-                    await asyncio.sleep(0)
-                yield "data: [DONE]\n\n"
-
-            return StreamingResponse(events(), media_type="text/event-stream")
-        return {"model": body.get("model"), "choices": [{"text": "yes"}], "object": "text_completion"}
-
-    @app.get("/health")
-    async def health():
-        return Response(status_code=200)
-
-    @app.get("/odd")
-    async def odd(request: Request):
-        return Response(b"\x00\xff", 418, {"x-odd": "1"}, "application/octet-stream")
-
-    return app
-
-
-class Fronted:
-    def __init__(self, key=None, transport=None, **options):
-        self.seen = []
-        self.transport = transport or httpx.ASGITransport(make_vllm(self.seen))
-        self.key, self.options = key, options
-
-    def call(self, method, path, **more):
-        async def go():
-            upstream = Upstream("http://vllm", 5.0, self.transport)
-            front = Front(Routing(Weigher(), 0.99), upstream, **self.options)
-            app = create_front(front, self.key, ["127.0.0.1"])
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
-                answer = await client.request(method, path, **more)
-            front.routing.close()
-            await upstream.close()
-            return answer
-
-        return asyncio.run(asyncio.wait_for(go(), 30))
-
-    def complete(self, model="auto", prompt="WINNER", **body):
-        return self.call("POST", "/v1/completions", json={"model": model, "prompt": prompt, **body})
-
-    def chat(self, *messages, **body):
-        return self.call("POST", "/v1/chat/completions", json={"model": "auto", "messages": list(messages), **body})
-
-    @property
-    def sent(self):
-        return json.loads(self.seen[-1]["raw"])
 
 
 @pytest.fixture
@@ -172,38 +84,11 @@ def test_other_models_pass_byte_for_byte(front):
 
 
 def test_other_paths_pass(front):
-    answer = front.call("GET", "/odd")
+    answer = front.call("GET", "/version")
     assert (answer.status_code, answer.content, answer.headers["x-odd"]) == (418, b"\x00\xff", "1")
-    assert front.call("GET", "/nothing").status_code == 404
+    assert front.call("GET", "/load").status_code == 404
     assert front.call("POST", "/v1/embeddings", json={"model": "auto"}).json()["model"] == "auto"
     assert front.call("POST", "/v1/completions", content=b"{no").json() == {"error": {"message": "no JSON"}}
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/%6coad_lora_adapter", "/v1//load_LORA_adapter/",
-     "/v1/x/../load_lora_adapter", "/adapters", "/adapters/a", "/scale_elastic_ep", "/reset_prefix_cache"],
-)  # fmt: skip
-def test_no_client_loads_an_adapter_from_a_path(front, path):
-    answer = front.call("POST", path, json={"lora_name": "x", "lora_path": "/etc"})
-    assert answer.status_code == 403 and not front.seen
-
-
-@pytest.mark.parametrize("target", ["%2F@evil.example/", "@evil.example/", "http://evil.example/"])
-def test_a_target_that_is_no_path_goes_nowhere(target):
-    async def go():
-        asked = []
-
-        def answer(request):
-            asked.append(request.url.host)
-            return httpx.Response(200)
-
-        upstream = Upstream("http://vllm:8000", 5.0, httpx.MockTransport(answer))
-        with pytest.raises(ValueError, match="no path"):
-            await upstream.send("GET", target, {}, b"")
-        assert not asked
-
-    asyncio.run(go())
 
 
 @pytest.mark.parametrize(
@@ -252,20 +137,6 @@ def test_limits(front):
     deep = b'{"model": "auto", "prompt": ' + b"[" * 100 + b"]" * 100 + b"}"
     assert front.call("POST", "/v1/completions", content=deep).status_code == 400
     assert not front.seen
-
-
-def test_a_key_is_asked_for_and_passed_on():
-    front = Fronted(key="secret")
-    assert front.complete().status_code == 401 and front.call("POST", "/tokenize").status_code == 401
-    assert front.call("GET", "/health").status_code == 200
-    bearer = {"authorization": "Bearer secret"}
-    body = {"model": "auto", "prompt": "WINNER"}
-    assert front.call("POST", "/v1/completions", json=body, headers=bearer).status_code == 200
-    assert front.seen[-1]["headers"]["authorization"] == "Bearer secret"
-
-
-def test_another_host_is_refused(front):
-    assert front.call("GET", "/health", headers={"host": "evil.example"}).status_code == 400
 
 
 def test_a_composition_that_has_just_left_is_asked_for_again(front):

@@ -146,6 +146,24 @@ def test_a_sweep_leaves_what_is_being_made(store):
     assert store.has(KEYS[0])
 
 
+def test_what_was_left_under_a_number_that_lives_again_is_swept(store):
+    """In a container the next server has the number of the one that was killed."""
+    left = store.folder / f".{KEYS[0]}.new-{os.getpid()}-0a1b2c3d"
+    left.mkdir()
+    (left / "half").write_bytes(b"half")
+    theirs = store.folder / f".notes.new-{os.getpid()}-0a1b2c3d"  # of nobody here
+    theirs.mkdir()
+    store.sweep()
+    assert not left.exists() and theirs.exists()
+
+
+def test_a_folder_without_its_report_is_made_anew(store):
+    store.path(KEYS[0]).mkdir()
+    (store.path(KEYS[0]) / "adapter.bin").write_bytes(b"half")
+    assert store.take(KEYS[0], 1000, maker()) and store.has(KEYS[0]) and store.size == 1000
+    assert not list(store.folder.glob(".gone-*"))
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LoralloyError, match="LORALLOY_CACHE"):

@@ -1,9 +1,10 @@
-"""`loralloy front`: before a vLLM server, route requests for `auto` and forward all."""
+"""`loralloy front`: before a vLLM server, route requests for `auto` and forward what asks a model."""
 
 from __future__ import annotations
 
 import os
 from typing import Annotated, Any, Optional
+from urllib.parse import urlsplit
 
 import typer
 
@@ -37,7 +38,7 @@ def front(
     no_fallback: NoFallback = False,
     assume_same_base: SameBase = False,
 ) -> None:
-    """Stand before vLLM: `auto` becomes a composition that vLLM's plugin merges; every other request passes unchanged.
+    """Stand before vLLM: `auto` becomes a composition that vLLM's plugin merges; other requests to a model pass unchanged.
 
     Example: loralloy front examples/bank --index .assets/index --vllm http://127.0.0.1:8000
     """
@@ -55,8 +56,11 @@ def front(
 
     if host not in LOCAL and not api_key:
         raise LoralloyError(f"--host {host} can be reached from elsewhere; set LORALLOY_API_KEY, or keep to {LOCAL[0]}")
-    if not vllm.startswith(("http://", "https://")):
+    address = urlsplit(vllm)
+    if address.scheme not in ("http", "https") or not address.hostname or address.query or address.fragment:
         raise LoralloyError(f"--vllm {vllm} is no address; give one such as http://127.0.0.1:8000")
+    if "@" in address.netloc:  # it is told to clients, in errors
+        raise LoralloyError("--vllm has a user or password in it; leave them out, vLLM takes a key (LORALLOY_API_KEY)")
     rounded({}, step, top)  # raises for a step that is none
     threshold = check_threshold(1.0 if no_fallback else unlike)
     from .ask import open_router

@@ -29,6 +29,9 @@ def check(
     cache: Annotated[
         OptionalPath, typer.Option(envvar="LORALLOY_CACHE", help="The plugin's cache; tells what is there.")
     ] = None,
+    cache_gib: Annotated[
+        float, typer.Option(min=0.001, envvar="LORALLOY_CACHE_GIB", help="Room in the cache, as the plugin has it.")
+    ] = 20.0,
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge what is not there, ahead of its first request.")
     ] = False,
@@ -45,7 +48,8 @@ def check(
 
     if merge and cache is None:
         raise LoralloyError("--merge needs --cache, or LORALLOY_CACHE: where the merged adapter is kept")
-    settings = Settings(Path(bank).absolute(), (cache or Path(".")).absolute(), same_base=assume_same_base)
+    room = int(cache_gib * (1 << 30))
+    settings = Settings(Path(bank).absolute(), (cache or Path(".")).absolute(), room, same_base=assume_same_base)
     found = look(settings, names, rank, dtype, cache is not None, merge)
     if json:
         out.print_json(data=found)

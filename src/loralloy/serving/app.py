@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,6 +22,7 @@ from .compositions import NotFound
 from .engine import Busy, Stopping
 from .grammar import AUTO, BASE, GrammarError
 from .guard import Guard, error_body
+from .leaving import Gone, unless_gone
 from .page import add_page
 from .replies import Failed, Reply, TooLate
 from .schemas import (
@@ -36,7 +37,6 @@ from .schemas import (
 )
 from .service import Service
 
-T = TypeVar("T")
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
 _STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
@@ -142,7 +142,7 @@ def _own(app: FastAPI, service: Service) -> None:
     async def layers(body: LayersRequest, request: Request) -> LayersReport:
         """Where in the model a composition acts: the size of each adapter's part, and of the whole, by layer and projection."""
         try:
-            return await _unless_gone(request, service.layers.measure(body.model, body.prepare))
+            return await unless_gone(request, service.layers.measure(body.model, body.prepare))
         except (asyncio.TimeoutError, TimeoutError):
             raise TooLate("measuring took too long") from None
 
@@ -168,36 +168,13 @@ async def _reply(service: Service, body: CompletionRequest | ChatRequest, reques
     async with AsyncExitStack() as stack:
         begun = asyncio.wait_for(service.begin(body, stack), service.limits.seconds)
         try:
-            reply = Reply(service, body, await _unless_gone(request, begun))
+            reply = Reply(service, body, await unless_gone(request, begun))
             if not body.stream:
-                return JSONResponse(await _unless_gone(request, reply.whole()))
+                return JSONResponse(await unless_gone(request, reply.whole()))
         except (asyncio.TimeoutError, TimeoutError):
             raise TooLate("composing took too long") from None
         return EventStream(reply.events(), stack.pop_all())
     raise AssertionError  # the stack swallows nothing
-
-
-class Gone(Exception):
-    """The client has left; nobody reads the answer."""
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves. Raises Gone then."""
-
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(leave())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Gone
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 class EventStream(StreamingResponse):

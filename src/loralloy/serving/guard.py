@@ -38,6 +38,12 @@ def too_deep(body: bytes, most: int) -> bool:
     return bool(level)
 
 
+def has_key(scope: Scope, key: str | None) -> bool:
+    """Whether a request carries the key, as ``Authorization: Bearer <key>``."""
+    given = dict(scope["headers"]).get(b"authorization", b"")
+    return key is None or hmac.compare_digest(given, b"Bearer " + key.encode())
+
+
 class Guard:
     """ASGI middleware. `key`: what /v1 and /metrics ask for, as ``Authorization: Bearer <key>``; None for nothing.
 
@@ -74,7 +80,7 @@ class Guard:
         self._open += 1
         self.metrics.open.inc()
         try:
-            if (api or path == "/metrics") and not self._allowed(scope):
+            if (api or path == "/metrics") and not has_key(scope, self.key):
                 body = error_body("the API key is missing or wrong", "authentication_error", code="invalid_api_key")
                 return await _answer(spied, 401, body, {"www-authenticate": "Bearer"})
             if api and self._open > self.max_open:
@@ -89,12 +95,6 @@ class Guard:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
-
-    def _allowed(self, scope: Scope) -> bool:
-        if self.key is None:
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, b"Bearer " + self.key.encode())
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> Receive | None:
         """A `receive` that gives the whole body first; None when the request has been answered."""

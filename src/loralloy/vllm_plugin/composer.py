@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoralloyError
+from ..formats import peft_key
 from ..serving.grammar import AUTO, BASE, Composition, parse
 from .store import REPORT, Store
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ..merging import Plan
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # of init_lora_weights: what vLLM and a bank both take
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,12 @@ class Composer:
         if (alone := self.alone(made)) is not None:
             return alone
         key = self.key(self.plan(made))
-        return self._kept(made, key) if self.store.hold(key) else None
+        if not self.store.hold(key):
+            return None
+        try:
+            return self._kept(made, key)
+        except FileNotFoundError:  # let go of and deleted at this moment (see lending)
+            return None
 
     def compose(self, name: str) -> Composed:
         """The composition, merged now if it has to be; it is held.
@@ -139,7 +146,7 @@ class Composer:
         return hashlib.sha256(said.encode()).hexdigest()[:32]
 
     def alone(self, made: Composition) -> Composed | None:
-        """An adapter of the bank that is asked for as it is, and that vLLM can load as it is."""
+        """An adapter of the bank that is asked for as it is, and that vLLM can load as it is; any other is written anew."""
         (name, weight), *more = made.terms
         if more or weight != 1.0 or str(made) != str(Composition(made.terms)):
             return None
@@ -148,7 +155,7 @@ class Composer:
         if adapter.max_rank > self.rank or adapter.path is None:
             return None
         folder = adapter.path.absolute()
-        if not all((folder / file).is_file() for file in _FILES):
+        if not all((folder / file).is_file() for file in _FILES) or not _read_by_vllm(adapter, folder, self.rank):
             return None
         return Composed(str(made), folder, rank=adapter.max_rank)
 
@@ -191,9 +198,9 @@ def described(composed: Composed) -> dict[str, Any]:
 
 def _check_loadable(adapter: Adapter) -> None:
     """Raises LoralloyError for what vLLM's LoRA layers have no place for (a bank has refused DoRA and biases already)."""
-    if adapter.extra:
+    if whole := adapter.extra or adapter.config.modules_to_save:
         raise LoralloyError(
-            f"adapter {adapter.name!r} also saves whole tensors ({', '.join(adapter.extra[:3])}), which vLLM does not load; use "
+            f"adapter {adapter.name!r} also saves whole tensors ({', '.join(whole[:3])}), which vLLM does not load; use "
             "`loralloy serve`, or train it without modules_to_save"
         )
     for module in adapter:
@@ -201,6 +208,23 @@ def _check_loadable(adapter: Adapter) -> None:
             raise LoralloyError(
                 f"adapter {adapter.name!r} has {module!r}, of kind {kind}; this plugin gives vLLM adapters of linear layers alone"
             )
+
+
+def _read_by_vllm(adapter: Adapter, folder: Path, rank: int) -> bool:
+    """Whether vLLM takes these files as they are (``PEFTHelper`` and ``parse_fine_tuned_lora_name`` in vllm/lora): a bank
+    also reads other names of tensors, and configurations in which a field is left to its default."""
+    from safetensors import safe_open
+
+    said = json.loads((folder / _FILES[0]).read_text(encoding="utf-8"))
+    with safe_open(str(folder / _FILES[1]), framework="pt") as file:
+        named = set(file.keys()) == {peft_key(module, side, "linear") for module in adapter for side in "AB"}
+    ranks, init = [said.get("r"), *(said.get("rank_pattern") or {}).values()], said.get("init_lora_weights")
+    return (
+        named
+        and all(said.get(field) is not None for field in ("lora_alpha", "target_modules"))
+        and all(type(r) is int and r <= rank for r in ranks)
+        and (not isinstance(init, str) or init.lower() in _PLAIN_INITS)
+    )
 
 
 def _finite(value: float) -> float | None:

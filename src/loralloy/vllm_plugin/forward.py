@@ -12,6 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ..errors import LoralloyError
+from ..serving.leaving import unless_gone
 
 HEADER = "x-loralloy"
 _MOST = 6000  # bytes of a header: servers and proxies read 8 KiB of one
@@ -48,7 +49,7 @@ class Upstream:
         """The answer, its body not read yet. Raises Forwarded when there is none."""
         if not target.startswith("/"):  # of an address, more than the path would change with it
             raise Forwarded("the request's target is no path", 400, "invalid_target")
-        kept = {"accept-encoding": "identity"} | {k: v for k, v in headers.items() if k.lower() not in _HOP}
+        kept = {"accept-encoding": "identity"} | _end_to_end(headers)
         try:
             return await self._client.send(
                 self._client.build_request(method, self.url + target, headers=kept, content=body), stream=True
@@ -78,21 +79,33 @@ class Upstream:
                 await answer.aclose()
         return self._base
 
+    def forget_base(self) -> None:
+        """Ask for the base model's name again, the next time it is needed."""
+        self._base = None
+
     async def close(self) -> None:
         await self._client.aclose()
 
 
 async def forward(upstream: Upstream, request: Request, body: bytes, said: Mapping[str, Any] | None) -> Response:
-    """vLLM's answer. With `said`, it is added as the field `loralloy` of a JSON answer, and as a header of any."""
-    target = request.scope.get("raw_path", request.url.path.encode()).split(b"?")[0].decode("latin-1")
-    if request.url.query:
-        target += "?" + request.url.query
+    """vLLM's answer. With `said`, it is added as the field `loralloy` of a JSON answer, and as a header of any.
+
+    Raises Forwarded, and Gone when the client leaves before vLLM has answered, which ends the request there too.
+    """
+    return await unless_gone(request, _answer(upstream, request, body, said))
+
+
+async def _answer(upstream: Upstream, request: Request, body: bytes, said: Mapping[str, Any] | None) -> Response:
+    target = request.scope["path"]  # as it was looked at, and of characters that need no escape (see front.PASSED)
+    if query := request.scope.get("query_string", b""):
+        target += "?" + query.decode("latin-1")
     answer = await upstream.send(request.method, target, request.headers, body)
     if said is not None and answer.status_code == 404:
         # once more: between vLLM's two looks at its list, the composition may have left it (see lending)
         await answer.aclose()
+        upstream.forget_base()  # or vLLM was started again, and calls its base by another name
         answer = await upstream.send(request.method, target, request.headers, body)
-    headers = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP}
+    headers = _end_to_end(answer.headers)
     if said is None or answer.headers.get("content-type", "").split(";")[0].strip() != "application/json":
         if said is not None:
             headers[HEADER] = _header(said)
@@ -107,10 +120,16 @@ async def forward(upstream: Upstream, request: Request, body: bytes, said: Mappi
     try:
         data = json.loads(content)
         if isinstance(data, dict):
-            content = json.dumps(data | {"loralloy": said}, ensure_ascii=False).encode()
+            content = json.dumps(data | {"loralloy": said}).encode()  # ASCII: a text may hold half a surrogate pair
     except ValueError:
         pass
     return Response(content, answer.status_code, headers)
+
+
+def _end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
+    """Without what is of one connection: the headers known for it, and those that `Connection` names."""
+    named = {name.strip().lower() for name in headers.get("connection", "").split(",")}
+    return {k: v for k, v in headers.items() if k.lower() not in _HOP | named}
 
 
 def _header(said: Mapping[str, Any]) -> str:

@@ -1,8 +1,7 @@
-"""The thin server before vLLM: it routes requests whose model is `auto` and forwards all; vLLM does the rest."""
+"""The thin server before vLLM: it routes requests whose model is `auto` and forwards what asks a model."""
 
 from __future__ import annotations
 
-import hmac
 import json
 import logging
 import re
@@ -20,7 +19,8 @@ from .. import __version__
 from ..errors import LoralloyError
 from ..serving.engine import Busy
 from ..serving.grammar import Composition
-from ..serving.guard import Guard, error_body
+from ..serving.guard import Guard, error_body, has_key
+from ..serving.leaving import Gone
 from ..serving.metrics import Metrics
 from ..serving.routing import Routing
 from ..serving.schemas import Neighbour, Route
@@ -30,10 +30,14 @@ from .routed import asks_router, composed, rounded
 log = logging.getLogger("loralloy.front")
 ROUTED = {"/v1/completions": "prompt", "/v1/chat/completions": "messages"}
 OPEN = ("/health", "/ping", "/version")  # without a key, for who looks whether it lives
-# what loads adapters from a path that a client gives (/adapters is SageMaker's name for it), and what changes the server
-CLOSED = re.compile(
-    r"lora_adapter|/adapters(/|$)|scale_elastic|/(sleep|wake_up|pause|resume|collective_rpc|reset_\w+|update_\w+|init_\w+|"
-    r"(start|stop)_profile)/?$"
+# What clients ask a model for. All else of vLLM stays closed: it loads adapters from a path that a client gives, shows the
+# configuration, or puts the server to sleep, and every version adds to it.
+PASSED = re.compile(
+    r"/(?:health|ping|version|load|metrics|tokenize|detokenize|pooling|classify|score|rerank|generative_scoring"
+    r"|v1/(?:models|embeddings|score|rerank|audio/transcriptions|audio/translations)"
+    r"|v1/completions(?:/render|/derender)?|v1/chat/completions(?:/batch|/render|/derender)?"
+    r"|v1/messages(?:/count_tokens|/render)?|v1/responses(?:/render|/[A-Za-z0-9_-]+(?:/cancel)?)?"
+    r"|v2/rerank|v2/embed|cohere/v2/chat|inference/v1/generate)"
 )
 MAX_BODY = 8 << 20
 _MOST = 20  # neighbours a request may ask for
@@ -99,8 +103,16 @@ def create_front(front: Front, key: str | None = None, hosts: Sequence[str] | No
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
-    @app.get("/front/metrics")
-    async def metrics() -> Response:
+    def locked(request: Request) -> Response | None:
+        """An answer for who has not the key, on the paths that :class:`Guard` leaves open."""
+        if has_key(request.scope, key):
+            return None
+        return JSONResponse(error_body("the API key is missing or wrong", "authentication_error"), 401)
+
+    @app.get("/front/metrics", response_model=None)
+    async def metrics(request: Request) -> Response:
+        if (refused := locked(request)) is not None:
+            return refused
         return Response(front.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.post("/v1/completions")
@@ -114,7 +126,7 @@ def create_front(front: Front, key: str | None = None, hosts: Sequence[str] | No
         if isinstance(body, dict) and ("loralloy" in body or isinstance(body.get("model"), str)):
             before = body.copy()
             start = time.perf_counter()
-            if (said := await front.compose(body, request.url.path, request.headers)) is not None:
+            if (said := await front.compose(body, request.scope["path"], request.headers)) is not None:
                 front.metrics.route(1, time.perf_counter() - start)
             if body != before:
                 raw = json.dumps(body).encode()
@@ -122,12 +134,12 @@ def create_front(front: Front, key: str | None = None, hosts: Sequence[str] | No
 
     @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"])
     async def others(request: Request) -> Response:
-        if CLOSED.search(request.url.path.lower()):
-            body = error_body("this path of vLLM is closed here: adapters come from the bank alone", "permission_error")
-            return JSONResponse(body, 403)
-        given = request.headers.get("authorization", "").encode()
-        if key and request.url.path not in OPEN and not hmac.compare_digest(given, b"Bearer " + key.encode()):
-            return JSONResponse(error_body("the API key is missing or wrong", "authentication_error"), 401)
+        path = request.scope["path"]  # request.url is also made of the Host header, which a client writes
+        if not PASSED.fullmatch(path):
+            said = "the front does not pass this path on: it passes what asks a model; ask vLLM itself for the rest"
+            return JSONResponse(error_body(said, "permission_error"), 403)
+        if path not in OPEN and (refused := locked(request)) is not None:
+            return refused
         raw = bytearray()
         async for part in request.stream():
             raw += part
@@ -143,6 +155,10 @@ def create_front(front: Front, key: str | None = None, hosts: Sequence[str] | No
             said = error_body(str(error), "rate_limit_error", code="overloaded")
             return JSONResponse(said, 429, {"retry-after": str(error.retry_after)})
         return JSONResponse(error_body(str(error), "invalid_request_error"), 400)
+
+    @app.exception_handler(Gone)
+    async def gone(_: Request, __: Gone) -> Response:
+        return Response(status_code=499)
 
     @app.exception_handler(Exception)
     async def ours(_: Request, error: Exception) -> JSONResponse:

@@ -19,7 +19,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..atomic import atomic_folder, recover
+from ..atomic import atomic_folder
 from ..errors import LoralloyError
 
 REPORT = "loralloy.json"
@@ -83,6 +83,8 @@ class Store:
                     f"it takes {size >> 20} MiB, and the cache has room for {self.max_bytes >> 20}; raise LORALLOY_CACHE_GIB"
                 )
             with self._locked():
+                if self.path(key).exists():  # without its report: somebody has been at it
+                    self._delete(key)
                 self._make_room(size)
                 (self._mine / key).touch()
             try:
@@ -139,11 +141,14 @@ class Store:
                 f"leave no {max(1, size >> 20)} MiB of LORALLOY_CACHE_GIB={self.max_bytes / (1 << 30):g}; raise it"
             )
         for key in going:
-            gone = self.folder / f".gone-{key}-{secrets.token_hex(4)}"
             with contextlib.suppress(FileNotFoundError):
-                os.rename(self.path(key), gone)  # a folder vanishes at once, never by parts
-                shutil.rmtree(gone, ignore_errors=True)
+                self._delete(key)
                 self.evicted += 1
+
+    def _delete(self, key: str) -> None:
+        gone = self.folder / f".gone-{key}-{secrets.token_hex(4)}"
+        os.rename(self.path(key), gone)  # a folder vanishes at once, never by parts
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _held_by_any(self) -> set[str]:
         """The keys that living processes hold; what dead ones left is swept."""
@@ -163,8 +168,12 @@ class Store:
                 shutil.rmtree(left, ignore_errors=True)
         for left in self.folder.glob(".*.new-*"):
             key = left.name[1:].split(".", 1)[0]
+            if not _KEY.fullmatch(key):
+                continue
+            # who makes it holds this lock; its process's number, in the name, may be another's by now: in a container it is
+            # the same after every start
             with contextlib.suppress(OSError), _lock(self.folder / ".merging" / key[:2], wait=False):
-                recover(self.path(key))
+                shutil.rmtree(left, ignore_errors=True)
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
         return _lock(self.folder / ".lock")

@@ -73,8 +73,7 @@ const app = createApp({
 
     function forget() {
       key.set("");
-      door.has = false;
-      load();
+      location.reload(); // with the key goes what it has shown: answers, examples
     }
 
     const number = (value, least, most, other) =>

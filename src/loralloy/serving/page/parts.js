@@ -109,6 +109,7 @@ export const CompositionField = {
       () => props.modelValue,
       (text) => {
         clearTimeout(timer);
+        asked?.abort(); // its word would be on what stood here before
         if (!text.trim()) problem.value = { reason: "Give a composition.", before: null };
         else timer = setTimeout(() => look(text), 250);
       },
