@@ -73,9 +73,8 @@ def test_threads_are_given_back_after_an_error():
 
 
 @pytest.mark.parametrize("rule", ["linear", "ties", "dare_ties", "magnitude_prune"])
-def test_a_merge_has_the_same_bytes_with_any_number_of_threads(rule, monkeypatch):
-    """Small batches, so that many are under way at once; modules of several shapes."""
-    monkeypatch.setattr("loralloy.merging.batches._SMALL_BUDGET", 1 << 12)
+def test_a_merge_has_the_same_bytes_with_any_number_of_threads(rule):
+    """Modules of several shapes."""
     shapes = {f"m{i}": (8 + 4 * (i % 3), 6 + i % 2) for i in range(24)}
     adapters = [{m: factors(o, i, 3, 100 * a + k) for k, (m, (o, i)) in enumerate(shapes.items())} for a in range(3)]
     before = torch.get_num_threads()

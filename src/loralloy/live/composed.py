@@ -5,136 +5,27 @@ For row b of a batch and a module with adapters i = 1..n,
     y_b = W0 x_b + sum_i w_bi s_i B_i A_i x_b = W0 x_b + B_cat ((w_b (x) 1_r) * (A_cat x_b)),
 
 two thin matrix products and one broadcast multiply in r-space, whatever the number of different compositions in the
-batch. It is exact: the result equals a model with the merged adapter `linear` in delta space, row by row.
+batch (:mod:`.stacked`). It is exact: the result equals a model with the merged adapter `linear` in delta space, row by row.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..base_ref import BaseRef
 from ..errors import LoralloyError
-from ..factors import LoraFactors
 from ..weights import Weights
 from .fit import check_base, check_fit, check_saved_modules
 from .gated import Gate, Gated
+from .stacked import Stacked, grouped, overflow, place, scaled, spread
 
 if TYPE_CHECKING:
     from ..bank import Bank
-
-
-def scaled(f: LoraFactors, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A [r, in, ...] and B [out, r, ...] with the scaling in them, as they are stacked.
-
-    The root of the scaling goes to each side, so that 16-bit factors neither over- nor underflow.
-    """
-    root = abs(f.scaling) ** 0.5
-    a, b = f.A.float() * (root if f.scaling >= 0 else -root), f.B.float() * root
-    return a.to(device, dtype), b.to(device, dtype)
-
-
-def place(target: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device that factors of this module of the base have to have."""
-    weight = target.weight
-    assert isinstance(weight, Tensor)  # check_fit has seen to it
-    # a quantised base computes in the dtype of its input
-    return weight.dtype if weight.dtype.is_floating_point else torch.float32, weight.device
-
-
-class Stacked:
-    """The stacked factors of one module of the base, and the hook that adds their weighted output.
-
-    `parts`: by adapter, what :func:`scaled` gives; `names`: all adapters, in the order of the weights.
-    """
-
-    def __init__(self, name: str, kind: str, parts: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str]) -> None:
-        self.name, self.kind = name, kind
-        self.stack(parts, names)
-
-    def stack(self, parts: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str]) -> None:
-        """Take these adapters' factors (at least one's) in place of what was there; nothing is set then."""
-        self.A = torch.cat([a for a, _ in parts.values()], 0)  # [R, in, ...]
-        self.B = torch.cat([b for _, b in parts.values()], 1)  # [out, R, ...]
-        index = {n: i for i, n in enumerate(names)}
-        layout = [(index[n], len(a)) for n, (a, _) in parts.items()]
-        # column of A_cat -> index of its adapter, so that a row's weights spread to its R coefficients by one gather
-        owner = [i for i, rank in layout for _ in range(rank)]
-        self.owner = torch.tensor(owner, device=self.A.device)
-        self.layout = tuple(layout), self.A.device  # modules of one layout have the same coefficients
-        self.coefficients: Tensor | None = None  # [rows, R] or [1, R]
-        self.rows = 1  # how many rows were given; 1 is for all
-        self.gated: Gated | None = None  # while set, a gate decides and not the coefficients
-        self._stacked: tuple[Tensor, Tensor] | None = None
-
-    def set(self, rows: Tensor) -> None:
-        """rows [b, n] of weights -> coefficients [b, R] (or [1, R] when all rows agree), None when all are zero."""
-        spread = rows.to(self.owner.device)[:, self.owner]
-        self.rows = spread.shape[0]
-        if self.rows > 1 and bool((spread == spread[:1]).all()):
-            spread = spread[:1]
-        self.coefficients = spread if bool((spread != 0).any()) else None
-
-    def stacked(self, n: int) -> tuple[Tensor, Tensor]:
-        """The factors by adapter, padded to one rank: A [n, r, in] and B^T [n, r, out]; zero where one has no such module."""
-        if self._stacked is None:
-            mine = [self.owner == i for i in range(n)]
-            a, b = (pad_sequence([t[m] for m in mine], batch_first=True) for t in (self.A, self.B.T))
-            self._stacked = a, b
-        return self._stacked
-
-    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self.gated is not None:
-            return output + self.gated.output(self, args[0]).to(output.dtype)
-        if self.coefficients is None:
-            return None
-        x = args[0]
-        c = self.coefficients
-        if self.rows not in (1, x.shape[0]):
-            raise LoralloyError(
-                f"weights are set for {self.rows} rows but the batch has {x.shape[0]}; give one weight a row, or one for all"
-            )
-        if self.kind == "embedding":
-            inner = self.A.T[x] * getattr(module, "embed_scale", 1.0)  # [b, l, R]; Gemma scales its embeddings
-        elif self.kind == "conv":
-            assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-            inner = module._conv_forward(x.to(self.A.dtype), self.A, None)  # [b, R, ...]
-            inner = inner * c.to(inner.dtype).reshape(c.shape + (1,) * (inner.ndim - 2))
-            return output + _pointwise(inner, self.B).to(output.dtype)
-        else:
-            inner = x.to(self.A.dtype) @ self.A.T  # [b, ..., R]
-        inner = inner * c.to(inner.dtype).reshape(c.shape[0], *([1] * (inner.ndim - 2)), c.shape[1])
-        return output + (inner @ self.B.T).to(output.dtype)
-
-
-def _pointwise(x: Tensor, b: Tensor) -> Tensor:
-    """The 1x1 convolution with b [out, R, 1, ...] on x [b, R, ...]."""
-    return (x.movedim(1, -1) @ b.flatten(1).T).movedim(-1, 1)
-
-
-def overflow(name: str, dtype: torch.dtype) -> LoralloyError:
-    return LoralloyError(f"module {name!r}: the factors overflow the model's dtype {dtype}; load the model in float32")
-
-
-def spread(parts: Mapping[str, Stacked], names: Sequence[str], rows: Sequence[Weights]) -> None:
-    """Set each module's coefficients to these rows' weights of the adapters `names`, in the order of the stacks."""
-    if any(row.per_module for row in rows):
-        for name, part in parts.items():
-            part.set(torch.tensor([[row.of(n, name) for n in names] for row in rows]))
-        return
-    table = torch.tensor([[row.of(n) for n in names] for row in rows])
-    known: dict[Any, tuple[Tensor | None, int]] = {}  # setting waits for the device: once, not once a module
-    for part in parts.values():
-        if part.layout in known:
-            part.coefficients, part.rows = known[part.layout]
-        else:
-            part.set(table)
-            known[part.layout] = part.coefficients, part.rows
 
 
 class LiveModel:
@@ -189,6 +80,7 @@ class LiveModel:
                 raise overflow(name, dtype)
             self.parts[name] = part
         check_saved_modules(model, bank)
+        self._groups = grouped(self.parts)
         try:
             for name, part in self.parts.items():
                 self._handles.append(found[name].register_forward_hook(part.hook))
@@ -203,8 +95,8 @@ class LiveModel:
     def set(self, weights: Weights | Sequence[Weights] | None) -> None:
         """Set one composition for all rows, one for each row of the next batches, or None for the plain base."""
         if weights is None:
-            for part in self.parts.values():
-                part.coefficients = None
+            for group in self._groups:
+                group.setting = None
             return
         rows = [weights] if isinstance(weights, Weights) else list(weights)
         if not rows:
@@ -217,18 +109,18 @@ class LiveModel:
                     )
             if row.per_module:
                 self.bank.check_weights(row)  # a misspelt module would be a weight of 0 that nobody sees
-        spread(self.parts, self.names, rows)
+        spread(self._groups, self.names, rows)
 
     @contextlib.contextmanager
     def compose(self, weights: Weights | Sequence[Weights] | None) -> Iterator[nn.Module]:
         """The model under these weights inside the block; whatever was set before is set again after it."""
-        before = {name: (part.coefficients, part.rows) for name, part in self.parts.items()}
+        before = [group.setting for group in self._groups]
         self.set(weights)
         try:
             yield self.model
         finally:
-            for name, part in self.parts.items():
-                part.coefficients, part.rows = before[name]
+            for group, setting in zip(self._groups, before, strict=True):
+                group.setting = setting
 
     @contextlib.contextmanager
     def gate(

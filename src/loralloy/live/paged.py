@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..base_ref import BaseRef
 from ..errors import LoralloyError
 from ..weights import Weights
-from .composed import Stacked, overflow, place, scaled, spread
 from .fit import check_base, check_fit, check_saved_modules
+from .stacked import Group, Stacked, grouped, overflow, place, scaled, spread
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -72,6 +72,7 @@ class PagedModel:
         self.parts: dict[str, Stacked] = {}
         """By module of the base: the stacked factors of the adapters in :attr:`stacked`."""
         self.stacked: list[str] = []
+        self._groups: list[Group] = []
         self._handles: dict[str, Any] = {}
         for name, adapter in bank.items():
             self.add(adapter, name)
@@ -153,8 +154,8 @@ class PagedModel:
         Raises LoralloyError for an adapter or a module that is not there.
         """
         if rows is None:
-            for part in self.parts.values():
-                part.coefficients = None
+            for group in self._groups:
+                group.setting = None
             return
         if not rows:
             raise LoralloyError("no weights given; give one composition a row")
@@ -170,7 +171,7 @@ class PagedModel:
         if stale or wide or not used <= set(self.stacked):
             self._restack(wanted)
         if self.stacked:
-            spread(self.parts, self.stacked, rows)
+            spread(self._groups, self.stacked, rows)
 
     def _check(self, row: Weights) -> None:
         for name, value in row.coefficients.items():
@@ -206,6 +207,7 @@ class PagedModel:
             else:
                 part = self.parts[module] = Stacked(module, self._kinds[module], mine, names)
                 self._handles[module] = self._targets[module].register_forward_hook(part.hook)
+        self._groups = grouped(self.parts)
         self.stacked = names
 
     def _rank(self, names: Iterable[str]) -> int:
@@ -217,7 +219,7 @@ class PagedModel:
             handle.remove()
         self._handles.clear()
         self.parts.clear()
-        self.stacked = []
+        self._groups, self.stacked = [], []
 
 
 def _used(rows: Iterable[Weights]) -> Names:

@@ -6,7 +6,6 @@ A batch's working set is bounded, so memory does not grow with the number of mod
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,6 @@ from ..adapter import Adapter
 from ..errors import LoralloyError
 from ..factors import LoraFactors
 from ..saving import dtype_name
-from ..side_by_side import in_order
 from . import spaces
 from .cut import Cut, cut, cut_dense, dense_spectrum, spectrum, whole
 from .measure import Measure, ModuleError, measure
@@ -30,7 +28,6 @@ UNKNOWN = ModuleError(*[float("nan")] * 5)
 Fetch = Callable[[int, str], LoraFactors]
 # Bytes of one batch's working set; constants, so that the same input gives the same bytes whatever memory is free.
 _BUDGET = {"cpu": 48 << 20, "cuda": 12 << 30}
-_SMALL_BUDGET = 16 << 20  # of batches that run side by side
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,7 @@ def _chunks(group: Group, settings: Settings) -> Iterator[slice]:
     entries = (out + inside) * (sum(group.ranks) + group.rank) * 6
     if settings.space == "delta" and settings.rule.acts_on == "entries" and "delta" not in settings.rule.sums:
         entries += out * inside * (len(group.who) + 3)
-    budget = _SMALL_BUDGET if _small(settings) else _BUDGET.get(settings.device.type, _BUDGET["cpu"])
-    size = max(1, budget // (4 * entries))
+    size = max(1, _BUDGET.get(settings.device.type, _BUDGET["cpu"]) // (4 * entries))
     return (slice(at, at + size) for at in range(0, len(group.modules), size))
 
 
@@ -138,36 +134,16 @@ def run_batches(
     """Every batch of every group, done, in order."""
     trims = _counted(groups, settings, fetch, keys) if settings.rule.values.get("trim") == "all" else None
 
-    def one(job: tuple[Group, slice], fetch: Fetch = fetch) -> Batch:
-        group, part = job
-        modules = group.modules[part]
-        try:
-            return _merge_batch(group, modules, _load(group, part, settings, fetch, keys), settings, trims)
-        except LoralloyError as error:
-            where, cause = f"module {modules[0]!r}", error
-            if len(modules) > 1:  # say which one
-                where, cause = _blame(group, part, settings, fetch, keys, trims) or (where, error)
-            raise cause.within(f"{where} of {', '.join(names[i] for i in group.who)}") from None
-
-    jobs = ((group, part) for group in groups for part in _chunks(group, settings))
-    if not _small(settings) or any(group.cut for group in groups):
-        yield from map(one, jobs)
-        return
-    reading = threading.Lock()
-
-    def alone(i: int, module: str) -> LoraFactors:
-        with reading:
-            return fetch(i, module)
-
-    yield from in_order(lambda job: one(job, alone), jobs)
-
-
-def _small(settings: Settings) -> bool:
-    """Whether a batch is many small operations on a CPU: entries of A and B, nothing decomposed, nothing counted down."""
-    plain = settings.before is None and settings.after is None and settings.rule.values.get("trim") != "all"
-    return (
-        plain and settings.device.type == "cpu" and settings.space == "factors" and settings.rule.acts_on == "entries"
-    )
+    for group in groups:
+        for part in _chunks(group, settings):
+            modules = group.modules[part]
+            try:
+                yield _merge_batch(group, modules, _load(group, part, settings, fetch, keys), settings, trims)
+            except LoralloyError as error:
+                where, cause = f"module {modules[0]!r}", error
+                if len(modules) > 1:  # say which one
+                    where, cause = _blame(group, part, settings, fetch, keys, trims) or (where, error)
+                raise cause.within(f"{where} of {', '.join(names[i] for i in group.who)}") from None
 
 
 def fits_fp32(settings: Settings, fetch: Fetch, keys: Callable[[int, str], int]) -> Callable[[Group, str], bool]:

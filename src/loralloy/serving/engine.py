@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from ..errors import LoralloyError
 from ..weights import Weights
+from .memory import keep_steady
 from .sampling import Sampling
 from .scheduler import Event, Row, Scheduler
 
@@ -70,6 +71,7 @@ class Engine:
         self.cancelled = 0
 
     def start(self) -> None:
+        keep_steady()
         self._thread.start()
 
     @property

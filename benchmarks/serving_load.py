@@ -1,0 +1,311 @@
+"""Part d of the serving benchmark: many clients against a real `loralloy serve`, and every answer checked afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from loralloy.bank import Bank
+from loralloy.tasks import load_tasks
+from serving_world import Clock, said
+
+TOKENS = (4, 24)
+MERGED = ["ties(density=0.3)", "dare_ties(density=0.5, seed=1)", "magnitude_prune(density=0.5)"]
+MALFORMED: list[tuple[str, bytes, set[int]]] = [
+    ("no JSON", b'{"model": "base", "prompt": ', {400}),
+    ("no such adapter", b'{"model": "nowhere", "prompt": "a"}', {404}),
+    ("grammar", b'{"model": "0.5*+*base", "prompt": "a"}', {400}),
+    ("unknown rule", b'{"model": "sarcasm @ nothing", "prompt": "a"}', {400}),
+    ("field", b'{"model": "base", "prompt": "a", "max_tokens": -1}', {400}),
+    ("type", b'{"model": "base", "prompt": {"a": 1}}', {400}),
+    ("deep", b'{"model": "base", "prompt": ' + b"[" * 100 + b"]" * 100 + b"}", {400}),
+    ("long", json.dumps({"model": "base", "prompt": "word " * 30000}).encode(), {400}),
+    ("large", json.dumps({"model": "base", "prompt": "x" * (3 << 20)}).encode(), {413}),
+    ("token ids", b'{"model": "base", "prompt": [999999999]}', {400}),
+    ("not UTF-8", b'{"model": "base", "prompt": "\xff\xfe"}', {400}),
+]
+
+
+@dataclass
+class Heard:
+    """What the clients met. `answers` hold all that the check needs."""
+
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    route: list[float] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    rss: list[tuple[float, float]] = field(default_factory=list)
+
+
+class Server:
+    """`loralloy serve` in a process of its own; its log is kept."""
+
+    def __init__(self, given: Any, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{self.port}", folder / "server.log"
+        command = [sys.executable, "-m", "loralloy", "serve", str(given.bank), "--model", str(given.model)]
+        command += ["--port", str(self.port), "--dtype", "float32", "--max-rows", str(given.rows)]
+        command += ["--index", str(given.index)] if given.index.exists() else []
+        threads = {"OMP_NUM_THREADS": str(given.threads)} if given.threads else {}
+        self.process = subprocess.Popen(
+            command, stdout=self.log.open("wb"), stderr=subprocess.STDOUT,
+            env=os.environ | threads | {"LORALLOY_LOG": "warning"},
+        )  # fmt: skip
+        for _ in range(600):
+            if self.process.poll() is not None:
+                raise SystemExit(f"the server ended at once: {self.log.read_text(errors='replace')[-2000:]}")
+            try:
+                if httpx.get(self.url + "/healthz", timeout=2).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        raise SystemExit("the server does not answer")
+
+    @property
+    def rss(self) -> float:
+        """MiB in memory."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+def composition(source: random.Random, names: list[str], auto: bool) -> str:
+    """A request's `model`: mostly sums of a few adapters, some named, auto, base, and some that have to be merged."""
+    kind = source.random()
+    if kind < 0.08:
+        return "base"
+    if kind < 0.2:
+        return source.choice(names)
+    if auto and kind < 0.35:
+        return "auto"
+    if kind < 0.45:  # few different ones, so that they are used again
+        pair = names[: 2 + source.randrange(2)]
+        return " + ".join(f"0.5*{n}" for n in pair) + " @ " + source.choice(MERGED)
+    terms = source.sample(names, min(len(names), source.randint(2, 4)))
+    return " ".join(
+        f"{'-' if source.random() < 0.15 else '+'} {source.uniform(0.1, 0.7):.3f}*{n}" for n in terms
+    ).removeprefix("+ ")
+
+
+def questions(folder: Path, count: int) -> list[str]:
+    """Texts of the tasks' validation rows, where their data is there."""
+    found: list[str] = []
+    for task in load_tasks([folder]):
+        try:
+            found += [e.raw[:300] for e in task.examples("validation")[:20] if e.raw.strip()]
+        except Exception as error:
+            print(f"{task.name}: {error}", file=sys.stderr)
+    return found[:count] if found else [f"A question about {word}?" for word in ("cats", "rain", "tax", "tea")]
+
+
+async def one(
+    client: httpx.AsyncClient, source: random.Random, names: list[str], texts: list[str], auto: bool, heard: Heard
+) -> None:
+    kind = source.random()
+    if kind < 0.08:
+        what, body, wanted = source.choice(MALFORMED)
+        got = await client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        heard.kinds[f"malformed, {got.status_code}"] += 1
+        if got.status_code not in wanted:
+            heard.wrong.append(f"malformed ({what}): {got.status_code} {got.text[:200]}")
+        return
+    asked = {
+        "model": composition(source, names, auto), "prompt": source.choice(texts), "temperature": 0, "logprobs": 1,
+        "max_tokens": source.randint(*TOKENS),
+    }  # fmt: skip
+    start = time.perf_counter()
+    if kind < 0.16:  # leaves before the answer, or within it
+        try:
+            async with asyncio.timeout(source.uniform(0.01, 1.5)):
+                async with client.stream("POST", "/v1/completions", json=asked | {"stream": kind < 0.13}) as response:
+                    async for _ in response.aiter_lines():
+                        if source.random() < 0.3:
+                            break
+        except TimeoutError:
+            pass
+        heard.kinds["left"] += 1
+        return
+    if kind < 0.4:
+        tokens, logprobs, composed, end, done = [], [], None, None, False
+        async with client.stream("POST", "/v1/completions", json=asked | {"stream": True}) as response:
+            if response.status_code != 200:
+                heard.kinds[f"streamed, {response.status_code}"] += 1
+                return
+            async for line in response.aiter_lines():
+                if not line.startswith("data: "):
+                    continue
+                if line == "data: [DONE]":
+                    done = True
+                    continue
+                frame = json.loads(line[6:])
+                if "error" in frame:
+                    heard.wrong.append(f"streamed: {frame}")
+                    return
+                composed = composed or frame.get("loralloy")
+                for choice in frame["choices"]:
+                    tokens += choice["logprobs"]["tokens"]
+                    logprobs += choice["logprobs"]["token_logprobs"]
+                    end = choice["finish_reason"] or end
+        if not done:
+            heard.wrong.append("a stream ended without [DONE]")
+        heard.kinds["streamed, 200"] += 1
+    else:
+        got = await client.post("/v1/completions", json=asked)
+        heard.kinds[f"whole, {got.status_code}"] += 1
+        if got.status_code != 200:
+            if got.status_code != 429:
+                heard.wrong.append(f"whole: {got.status_code} {got.text[:200]}")
+            else:
+                await asyncio.sleep(min(5.0, float(got.headers["retry-after"])))
+            return
+        body = got.json()
+        composed, choice = body["loralloy"], body["choices"][0]
+        tokens, logprobs, end = (
+            choice["logprobs"]["tokens"],
+            choice["logprobs"]["token_logprobs"],
+            choice["finish_reason"],
+        )
+    heard.seconds.append(time.perf_counter() - start)
+    heard.answers.append(
+        asked | {"tokens": tokens, "token_logprobs": logprobs, "composition": composed["composition"], "finish": end}
+    )
+
+
+async def clients(server: Server, given: Any, names: list[str], texts: list[str], auto: bool, heard: Heard) -> None:
+    until = time.monotonic() + given.seconds
+
+    async def client(number: int) -> None:
+        source = random.Random(given.seed * 1000 + number)
+        async with httpx.AsyncClient(base_url=server.url, timeout=330) as http:
+            while time.monotonic() < until:
+                begun = time.monotonic()
+                try:
+                    await one(http, source, names, texts, auto, heard)
+                except httpx.HTTPError as error:
+                    heard.wrong.append(
+                        f"{type(error).__name__} {error!r} at {begun - until + given.seconds:.1f} s, after "
+                        f"{time.monotonic() - begun:.2f} s, caused by {error.__cause__!r}"
+                    )
+
+    async def asks_the_way() -> None:
+        source = random.Random(given.seed)
+        async with httpx.AsyncClient(base_url=server.url, timeout=330) as http:
+            while auto and time.monotonic() < until:
+                begun = time.perf_counter()
+                (await http.post("/v1/route", json={"input": source.choice(texts)})).raise_for_status()
+                heard.route.append(time.perf_counter() - begun)
+                await asyncio.sleep(0.25)
+
+    async def watches() -> None:
+        begun = time.monotonic()
+        while time.monotonic() < until:
+            heard.rss.append((time.monotonic() - begun, server.rss))
+            await asyncio.sleep(1)
+
+    await asyncio.gather(*(client(i) for i in range(given.clients)), asks_the_way(), watches())
+
+
+def slope(rss: list[tuple[float, float]], skip: float) -> float:
+    """MiB a minute, by least squares, after `skip` seconds."""
+    late = np.array([pair for pair in rss if pair[0] >= skip])
+    return float(np.polyfit(late[:, 0] / 60, late[:, 1], 1)[0]) if len(late) > 5 else float("nan")
+
+
+def metric(text: str, name: str) -> float:
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+
+
+def run(given: Any, clock: Clock) -> dict[str, Any]:
+    heard, names = Heard(), Bank.load(given.bank).names
+    texts = questions(given.tasks, 200)
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(given, Path(folder))
+        auto = given.index.exists()
+        said(f"the server runs, {server.rss:.0f} MiB", clock)
+        try:
+            asyncio.run(clients(server, given, names, texts, auto, heard))
+        except BaseException:
+            server.process.kill()
+            raise
+        said(f"{len(heard.answers)} answers, {len(heard.wrong)} wrong", clock)
+        alive = server.process.poll() is None
+        text = httpx.get(server.url + "/metrics").text if alive else ""
+        code = server.stop() if alive else server.process.returncode
+        log = server.log.read_text(errors="replace")
+    for line in heard.wrong[:20]:
+        print("  " + line, flush=True)
+    if log.strip():
+        print("server's log:\n" + log[-3000:], flush=True)
+    if given.keep:
+        given.keep.write_text("".join(json.dumps(a) + "\n" for a in heard.answers), encoding="utf-8")
+    batches, routed = metric(text, "loralloy_route_texts_count"), metric(text, "loralloy_route_texts_sum")
+    steps, rows = (metric(text, f'loralloy_step_rows_{k}{{kind="decode"}}') for k in ("count", "sum"))
+    found: dict[str, Any] = {
+        "clients": given.clients, "seconds": given.seconds, "kinds": dict(heard.kinds), "answers": len(heard.answers),
+        "compositions": len({a["composition"] for a in heard.answers}), "wrong": heard.wrong, "alive": alive,
+        "exit code": code, "log lines": len(log.splitlines()), "tokens": sum(len(a["tokens"]) for a in heard.answers),
+        "rows a step": rows / max(steps, 1), "texts a routing": routed / max(batches, 1),
+        "rss": {"start": heard.rss[0][1], "end": heard.rss[-1][1], "highest": max(r for _, r in heard.rss)},
+        "rss every 10 s": [round(r) for _, r in heard.rss[::10]],
+        "slope": slope(heard.rss, given.seconds * 0.4),
+    }  # fmt: skip
+    for name, values in (("answer", heard.seconds), ("route", heard.route)):
+        if values:
+            found[name] = {"p50": statistics.median(values), "p99": float(np.percentile(values, 99)), "n": len(values)}
+    return found | {"recorded": heard.answers}
+
+
+def table(found: dict[str, Any]) -> Iterator[str]:
+    ok = found.get("check", {})
+    kinds = ", ".join(f"{k}: {v}" for k, v in sorted(found["kinds"].items()))
+    yield (
+        f"{found['clients']} clients for {found['seconds']:.0f} seconds over HTTP against `loralloy serve`: {found['answers']} "
+        f"answers ({found['tokens']} tokens) of {found['compositions']} compositions, with {found['rows a step']:.1f} rows a "
+        f"step; others left early or sent what is malformed ({kinds})."
+    )
+    yield ""
+    if ok:
+        yield (
+            f"- Answers of their own composition: **{ok['right']} of {ok['checked']}**. Each token fed to PEFT with the merged "
+            f"adapter, that row alone in float32: the token is its likeliest, or within {ok['tie']:g} of it (so in "
+            f"{ok['ties']} tokens), and its log-probability is within {ok['bound']:g} (largest difference {ok['largest']:.1e})."
+        )
+    if ok.get("controls"):
+        yield f"- The same check against another answer's composition: {ok['control']} of {ok['controls']} would pass."
+    errors = f"{len(found['wrong'])}: {'; '.join(found['wrong'][:3])}" if found["wrong"] else "none"
+    yield f"- Errors seen by clients: {errors}. The server lived: {found['alive']}; exit code after SIGTERM {found['exit code']}."
+    r = found["rss"]
+    yield (
+        f"- Memory: {r['start']:.0f} MiB at the start, {r['end']:.0f} at the end, {r['highest']:.0f} at most; in the last 60 % "
+        f"of the time {found['slope']:+.1f} MiB a minute."
+    )
+    for name, what in (("answer", "An answer"), ("route", "`/v1/route`, asked four times a second meanwhile")):
+        if name in found:
+            s = found[name]
+            yield f"- {what}: p50 {s['p50']:.3f} s, p99 {s['p99']:.3f} s ({s['n']})."
+    for line in found.get("notes", []):
+        yield f"- {line}"
+    yield f"- Texts routed together: {found['texts a routing']:.2f} a batch."
