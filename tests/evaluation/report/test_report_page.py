@@ -55,6 +55,16 @@ def made(whole, tmp_path_factory):
     return folder, files, summary
 
 
+def test_what_trained_gates_have_seen_is_said(made):
+    """They read the hint in raw queries too, and were trained on the rows of a task that is left out."""
+    sections = (made[0] / "r.md").read_text(encoding="utf-8").split("\n### ")
+    protocols = {s.splitlines()[0].strip(): s for s in sections if re.match(r"(In domain|Own task left out), ", s)}
+    assert len(protocols) == 4
+    for name, text in protocols.items():
+        assert "their gates read the whole prompt" in text
+        assert ("those of the task left out among them" in text) == name.startswith("Own task left out")
+
+
 def test_files(made):
     folder, files, summary = made
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in files) == NAMES

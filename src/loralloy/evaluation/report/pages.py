@@ -10,6 +10,7 @@ from .sections import case, costs, mistakes, routing
 from .wording import MISSING, interval, names, percent, signed
 
 Summary = Mapping[str, Any]
+TRAINED = ("moe", "smear")  # kinds of method whose gates are trained
 SCOPES = {"in_domain": "in domain", "leave_own_out": "own task left out"}
 
 
@@ -125,6 +126,15 @@ def _protocol(summary: Summary, protocol: Mapping[str, Any]) -> list[Block]:
     said = [f"Routed Linear is {linear}."] if linear else []
     if protocol["not_run"]:
         said.append(f"Not run here: {names(protocol['not_run'], 40)}.")
+    trained = [r["heading"] for r in rows if r["kind"] in TRAINED]
+    if trained:
+        said.append(
+            f"{names(trained, 40)}: their gates read the whole prompt, the task's hint included, whatever the query."
+        )
+        if protocol["scope"] == "leave_own_out":
+            said.append(
+                "They were trained on rows of all tasks, those of the task left out among them, which nothing routed saw."
+            )
     heads = [
         "method",
         "space",
