@@ -163,3 +163,29 @@ def test_what_is_in_use_stays(tiny, paged):
 
     asyncio.run(go())
     compositions.close()
+
+
+def test_used_only_if_it_is_kept(compositions, monkeypatch):
+    """Without `merge` nothing is merged, also not what was driven out since somebody looked; what is kept stays while used."""
+    asked, merges = compositions.read(TEXT), []
+    made = compositions._merge_now
+    monkeypatch.setattr(compositions, "_merge_now", lambda *args: merges.append(args) or made(*args))
+
+    async def go():
+        async with compositions.use(asked, merge=False) as ready:
+            assert (ready.cache, ready.error, ready.key) == ("cold", None, compositions.key(asked))
+        async with compositions.use(asked):
+            pass
+        async with compositions.use(asked, merge=False) as ready:
+            assert ready.cache == "hit"
+            with pytest.raises(Busy):  # in use: it cannot go
+                compositions._make_room(compositions.max_bytes)
+        assert compositions.look(asked).cache == "hit"
+        compositions._make_room(compositions.max_bytes)
+        async with compositions.use(asked, merge=False) as ready:
+            assert ready.cache == "cold"
+        async with compositions.use(compositions.read("spam"), merge=False) as ready:
+            assert ready.cache == "live"
+
+    asyncio.run(go())
+    assert len(merges) == 1 and not compositions.kept

@@ -54,6 +54,26 @@ def test_a_rule_is_measured_once_it_is_merged(api, tiny):
     assert again["cache"] == "hit" and again["total"] == merged["total"]
 
 
+@pytest.mark.parametrize("after", [1, 2])
+def test_one_that_is_driven_out_at_that_moment_is_not_merged(api, monkeypatch, after):
+    """Room is made for another once its key has been made `after` times: then or before it is cold, or it is in use."""
+    text, compositions = "spam + 0.5*weather @ ties(density=0.3)", api.service.compositions
+    merged = api.post("/v1/layers", model=text, prepare=True).json()
+    key, made = compositions.key, []
+
+    def key_and_gone(composition):
+        made.append(key(composition))
+        if len(made) == after:
+            compositions._kept.clear()
+        return made[-1]
+
+    monkeypatch.setattr(compositions, "key", key_and_gone)
+    monkeypatch.setattr(compositions, "_merge_now", lambda *_: pytest.fail("it was merged"))
+    said = api.post("/v1/layers", model=text).json()
+    gone = len(made) >= after
+    assert (said["cache"], said["total"]) == (("cold", None) if gone else ("hit", merged["total"]))
+
+
 def test_what_has_no_layers(api):
     base = api.post("/v1/layers", model="base").json()
     assert (base["layers"], base["adapters"], base["total"]) == ([], [], [])

@@ -8,6 +8,7 @@ import json
 import pytest
 from serving_scenes import PROMPT, refused
 
+from loralloy.serving.grammar import MAX_LENGTH
 from loralloy.serving.service import Limits
 
 
@@ -20,7 +21,7 @@ from loralloy.serving.service import Limits
         ({"model": '"/etc/passwd"'}, 404, "no adapter '/etc/passwd'"),
         ({"model": "examples/bank/spam"}, 404, "no adapter 'examples/bank/spam'"),
         ({"model": "spam @ nonsense"}, 400, "rule 'nonsense' is not known"),
-        ({"model": "x" * 3000}, 400, "at most 2000"),
+        ({"model": "x" * (MAX_LENGTH + 1)}, 400, f"at most {MAX_LENGTH}"),
         ({"model": None}, 400, "model"),
         ({"prompt": ""}, 400, "empty"),
         ({"prompt": []}, 400, "prompt"),

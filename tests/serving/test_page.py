@@ -71,6 +71,20 @@ def test_packed_and_remembered(web):
     assert packed.headers["etag"] != plain.headers["etag"]
 
 
+@pytest.mark.parametrize(
+    ("accepted", "packed"),
+    [
+        ("gzip", True), ("br, GZIP;q=0.5", True), ("gzip ; q=1.0, identity;q=0", True), ("*", True), ("x-gzip", True),
+        ("gzip;q=0", False), ("gzip; q=0.000, br", False), ("*, gzip;q=0", False), ("*;q=0", False), ("", False),
+        ("identity", False), ("notgzip", False), ("gzip;q=x", False), ("gzip;q=0.001", True), (",;,gzip", True),
+    ],
+)  # fmt: skip
+def test_packed_only_for_who_takes_it(web, accepted, packed):
+    answer = web.get("/page/vue.js", headers={"accept-encoding": accepted})
+    assert (answer.headers.get("content-encoding") == "gzip") is packed
+    assert ("-gzip" in answer.headers["etag"]) is packed and answer.headers["vary"] == "accept-encoding"
+
+
 def test_the_page_says_nothing_that_the_key_guards(serve):
     pytest.importorskip("nicegui")
     api = serve(key="secret")

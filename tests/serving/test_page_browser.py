@@ -216,6 +216,18 @@ def test_from_an_answer_to_its_layers(start):
     look.expect(look.page.get_by_role("table")).to_be_visible()
 
 
+def test_a_composition_too_long_for_an_address_is_read_too(start):
+    look = start().open()
+    text = f"spam + weather @ ties(density=0.{'3' * 6000})"
+    with look.page.expect_response("**/v1/compositions") as heard:
+        look.field("Composition").fill(text)
+    assert heard.value.status == 200
+    with look.page.expect_response("**/v1/compositions") as heard:
+        look.field("Composition").fill(text + "!")
+    assert heard.value.status == 400
+    look.expect(look.page.get_by_text("Character 6034:")).to_be_visible()
+
+
 def test_a_late_word_on_what_stood_in_the_field_is_not_heard(start):
     look = start().open()
     held = []

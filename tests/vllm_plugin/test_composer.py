@@ -17,6 +17,7 @@ from loralloy.adapter import Adapter
 from loralloy.bank import Bank
 from loralloy.errors import LoralloyError
 from loralloy.merging import get_rule, merge
+from loralloy.serving.grammar import MAX_LENGTH
 from loralloy.vllm_plugin.store import REPORT
 from loralloy.weights import Weights
 
@@ -134,7 +135,8 @@ def test_an_adapter_alone_is_cut_where_its_rank_does_not_fit(compose):
         ("/etc/passwd", "character 1"),
         ("../a", "character 1"),
         ('"../a"', "there is no adapter '../a'"),
-        ("a" * 3000, "at most 2000 characters"),
+        ("a" * 3000, f"there is no adapter '{'a' * 197}...' in this bank"),
+        ("a" * (MAX_LENGTH + 1), f"at most {MAX_LENGTH} characters"),
     ],
 )
 def test_refused_with_the_reason(compose, text, says):

@@ -176,7 +176,7 @@ def test_a_small_cache_lets_go_of_old_ones_and_vllm_lives(
     size = 20 << 20  # the largest of them: rank 16 in float32
     limit = 6 * size
     with vllm_server(
-        real_model_folder, real_bank_folder, tmp_path, LORALLOY_CACHE_GIB=str(limit / 2**30), LORALLOY_GRACE="0"
+        real_model_folder, real_bank_folder, tmp_path, LORALLOY_CACHE_GIB=str(limit / 2**30), LORALLOY_GRACE="1"
     ) as server:  # fmt: skip
         for _ in range(2):
             for model in some:  # one after the other: those before are not under way

@@ -191,11 +191,20 @@ def test_the_entry_point_is_declared():
 @pytest.mark.parametrize(
     "name, value",
     [("LORALLOY_RANK", "0"), ("LORALLOY_RANK", "2.5"), ("LORALLOY_CACHE_GIB", "-1"), ("LORALLOY_CACHE_GIB", "nan"),
-     ("LORALLOY_GRACE", "-1"), ("LORALLOY_THREADS", "x")],
+     ("LORALLOY_GRACE", "-1"), ("LORALLOY_GRACE", "0"), ("LORALLOY_GRACE", "0.99"),
+     ("LORALLOY_THREADS", "x")],
 )  # fmt: skip
 def test_settings_name_the_variable(name, value):
     with pytest.raises(LoralloyError, match=name):
         Settings.read({"LORALLOY_BANK": "bank", name: value})
+
+
+def test_a_grace_that_covers_nothing_is_refused():
+    """Between a name's resolution and vLLM's request there has to be time in which its folder stays."""
+    with pytest.raises(LoralloyError, match=r"^LORALLOY_GRACE='0': give a number of at least 1 seconds$"):
+        Settings.read({"LORALLOY_BANK": "bank", "LORALLOY_GRACE": "0"})
+    made = Settings.read({"LORALLOY_BANK": "bank", "LORALLOY_GRACE": "1"})
+    assert made is not None and made.grace == 1.0
 
 
 def test_settings():

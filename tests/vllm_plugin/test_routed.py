@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from loralloy.errors import LoralloyError
 from loralloy.serving.grammar import GrammarError, parse
-from loralloy.vllm_plugin.routed import asks_router, composed, rounded
+from loralloy.vllm_plugin.routed import asks_router, composed, one_name, rounded
 
 WEIGHTS = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0, 1), max_size=8)
 
@@ -76,3 +76,24 @@ def test_composed_is_one_text_for_one_grid_point():
     asked = parse("auto @ ties")
     assert str(composed(asked, {"b": 0.3, "a": 0.7})) == str(composed(asked, {"a": 0.7, "b": 0.3}))
     assert composed(asked, {}) is None
+
+
+BANK = frozenset(("a", "b", "20 questions", "auto", "0.5*c", "c", "a+b"))
+
+
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        ("0.50*a", "0.5*a"), (" 0.5 * a", "0.5*a"), ("0.4*b+0.60*a", "0.6*a + 0.4*b"), ("1.0*a", "a"), ("a @ linear", "a"),
+        ("a + b @ ties(density=0.2)", "a + b @ ties"), ('"a"', "a"), ('"20 questions"', "20 questions"), ('"auto"', '"auto"'),
+        # as they are
+        ("0.5*a", "0.5*a"), ("a+b", "a+b"), ("0.50*c", "0.50*c"), ("a + nobody", "a + nobody"), ("a +", "a +"), ("base", "base"),
+        ("org/model-1", "org/model-1"), ("my model", "my model"), ("", ""), ("auto", "auto"), ("auto @ ties()", "auto @ ties()"),
+    ],
+)  # fmt: skip
+def test_one_name_for_one_folder(model, name):
+    assert one_name(model, BANK) == name == one_name(name, BANK)
+
+
+def test_without_a_bank_all_names_stay():
+    assert one_name("0.50*a", frozenset()) == "0.50*a"

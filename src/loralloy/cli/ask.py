@@ -16,6 +16,7 @@ from .common import (
     IndexOption,
     Json,
     Kernel,
+    LoadInOption,
     ModelOption,
     SameBase,
     load_bank,
@@ -65,6 +66,7 @@ def ask(
     no_fallback: NoFallback = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of a free answer.")] = 32,
     dtype: DtypeOption = "auto",
+    load_in: LoadInOption = None,
     assume_same_base: SameBase = False,
     json: Json = False,
 ) -> None:
@@ -100,7 +102,7 @@ def ask(
     other = given.learned_for_other(str(get_rule(rule)), checked) if given and not json else None
     if other:
         console.print(f"note: {other}", markup=False, soft_wrap=True)
-    loaded, tokenizer, base = load_model(model, dtype)
+    loaded, tokenizer, base = load_model(model, dtype, load_in)
     answerer = Answerer(loaded, tokenizer, adapters, opened, base)
     answer = answerer.ask(question, choices, given, rule, checked, cut, template, max_new_tokens, threshold)
     if json:

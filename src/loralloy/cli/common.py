@@ -24,6 +24,10 @@ ModelOption = Annotated[
     str, typer.Option("--model", envvar="LORALLOY_MODEL", help="Base model: a folder, or org/name@revision.")
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto takes the faster here.")]
+LoadInOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--load-in", help="4bit or 8bit: pack the base's linear layers with bitsandbytes as it is loaded."),
+]
 SameBase = Annotated[
     bool, typer.Option("--assume-same-base", help="Skip the check that adapters are of one base model.")
 ]
@@ -67,14 +71,14 @@ def load_bank(folder: str, assume_same_base: bool = False, argument: bool = Fals
     return Bank.load(folder, assume_same_base)
 
 
-def load_model(model: str, dtype: str) -> tuple[Any, Any, BaseRef]:
-    """The base model, its tokenizer, and what it is."""
+def load_model(model: str, dtype: str, load_in: str | None = None) -> tuple[Any, Any, BaseRef]:
+    """The base model, its tokenizer, and what it is; `load_in`: 4bit, 8bit, or None as its files are."""
     from ..base_ref import BaseRef
     from ..console import console
     from ..hub import parse_ref
     from ..live.base import base_fingerprint, load_base
 
     with console.status("loading the base model"):
-        loaded, tokenizer = load_base(model, dtype)
+        loaded, tokenizer = load_base(model, dtype, quantisation=load_in)
         name, revision = parse_ref(model)
         return loaded, tokenizer, BaseRef(name, revision, base_fingerprint(loaded))

@@ -71,7 +71,7 @@ def front(
         threshold = usable_threshold(threshold, weigher.index.manifest.template)
     weigher.weigh("The first text loads the embedder, which no request should wait for.")
     app = create_front(
-        Front(Routing(weigher, threshold), Upstream(vllm, seconds), step, top),
+        Front(Routing(weigher, threshold), Upstream(vllm, seconds), step, top, adapters=frozenset(adapters.names)),
         api_key,
         list(LOCAL[:2]) if host in LOCAL else None,
     )

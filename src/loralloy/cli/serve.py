@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..errors import LoralloyError
-from .common import MODEL, DtypeOption, Kernel, ModelOption, SameBase, load_bank, load_model
+from .common import MODEL, DtypeOption, Kernel, LoadInOption, ModelOption, SameBase, load_bank, load_model
 from .route import UNLIKE, KOption, NoFallback, POption, RouterOption, TemperatureOption, UnlikeOption
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -45,6 +45,7 @@ def serve(
     merged_mib: Annotated[int, typer.Option(min=1, help="MiB for merged compositions.")] = 2048,
     page: Annotated[bool, typer.Option("--page/--no-page", help="Serve a page at / to ask and to compare.")] = True,
     dtype: DtypeOption = "auto",
+    load_in: LoadInOption = None,
     assume_same_base: SameBase = False,
 ) -> None:
     """Serve a bank: each request names an adapter or a composition, or has its query routed; all share one batch.
@@ -73,7 +74,7 @@ def serve(
         if unlike == UNLIKE:  # what was asked for by name is obeyed
             threshold = usable_threshold(threshold, weigher.index.manifest.template)
         weigher.weigh("The first text loads the embedder, which no request should wait for.")
-    loaded, tokenizer, base = load_model(model, dtype)
+    loaded, tokenizer, base = load_model(model, dtype, load_in)
     service = build(
         loaded,
         tokenizer,

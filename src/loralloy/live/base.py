@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import hub
 from ..errors import LoralloyError
+from .quantised import MARK, as_in_files, check_kind, settings, settle
 
 FINGERPRINT = "bf16-sampled-v1"
 _SAMPLES = 4096  # elements a tensor; enough that two trainings of one architecture cannot agree by chance
@@ -69,22 +70,29 @@ def pick_dtype(dtype: str, device: Any) -> Any:
     return getattr(torch, dtype)
 
 
-def load_base(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+def load_base(
+    model: str, dtype: str = "auto", device: str = "auto", quantisation: str | None = None
+) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer for inference: ``(model.eval(), tokenizer)``.
 
     model: a folder in transformers' format, or a hub id with a pinned ``org/name@revision`` (HF_HUB_OFFLINE is respected; only
     safetensors are read, never a pickle). dtype: "auto", "float32", "bfloat16" or "float16" (see :func:`pick_dtype`).
+    quantisation: "4bit" (NF4, computed in `dtype`) or "8bit" (LLM.int8()) packs the linear layers with bitsandbytes while they
+    are loaded; it stays the base of its files (:func:`base_fingerprint`).
     The tokenizer pads on the left and always has a pad token.
 
-    Raises LoralloyError when the folder or the hub revision is missing or is no model, with the way to get it.
+    Raises LoralloyError when the folder or the hub revision is missing or is no model, with the way to get it; and when
+    bitsandbytes is asked for and is missing, does not run on the device, or the files are quantised already.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise LoralloyError("running a model needs transformers: pip install 'loralloy[live]'") from None
 
     if not model:
         raise LoralloyError("the model is empty; give a folder, or a hub id as org/name@revision")
+    if quantisation is not None:
+        check_kind(quantisation)
     target = pick_device(device)
     wanted = pick_dtype(dtype, target)
     try:
@@ -98,8 +106,25 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto") -> tuple[An
             f"{folder} has no config.json, so it is no transformers model; `make setup` builds the demo's"
         )
     try:
+        more: dict[str, Any] = {}
+        mark = ""
+        if quantisation is not None:
+            config = AutoConfig.from_pretrained(str(folder))
+            if getattr(config, "quantization_config", None) is not None:
+                raise LoralloyError(
+                    f"{model} is quantised already, in its files; leave {quantisation} out, or pass the unquantised model"
+                )
+            mark = base_fingerprint(as_in_files(folder, config))
+            more = {"quantization_config": settings(quantisation, wanted, target), "device_map": {"": target}}
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=wanted, use_safetensors=True)
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=wanted, use_safetensors=True, **more)
+        if quantisation is not None:
+            setattr(loaded, MARK, mark)
+            settle(loaded, wanted)
+    except LoralloyError:
+        raise
+    except ImportError as error:  # files that are quantised may need a package
+        raise LoralloyError(f"cannot load the model {model}: {' '.join(str(error).split())}") from error
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoralloyError(
@@ -111,7 +136,7 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto") -> tuple[An
             raise LoralloyError(f"the tokenizer of {model} has neither a pad nor an eos token; set one in its config")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return loaded.to(target).eval(), tokenizer
+    return (loaded if quantisation else loaded.to(target)).eval(), tokenizer
 
 
 def agree_on_the_end(model: Any, tokenizer: Any) -> None:
@@ -142,14 +167,20 @@ def base_fingerprint(model: Any) -> str:
     """``bf16-sampled-v1:<sha256>`` of a base's weights: the same however it was loaded, different after any training.
 
     Over the sorted parameters: name, shape and up to 4096 evenly strided elements, cast to bfloat16. A bfloat16
-    checkpoint therefore has one fingerprint in bfloat16 and float32; a LoRA adapter on top (PEFT) does not change it.
-    Raises LoralloyError for weights that are not loaded (meta device) or are quantised.
+    checkpoint therefore has one fingerprint in bfloat16 and float32; a LoRA adapter on top (PEFT) does not change it. A base
+    that :func:`load_base` quantised has that of its files.
+    Raises LoralloyError for weights that are not loaded (meta device) or were quantised elsewhere.
     """
     import torch
 
+    for part in model.modules() if isinstance(model, torch.nn.Module) else ():
+        if MARK in part.__dict__:
+            return str(part.__dict__[MARK])
     digest, samples = hashlib.sha256(), []
     for name, parameter in sorted(_base_parameters(model), key=lambda item: item[0]):
-        if parameter.device.type == "meta" or not parameter.is_floating_point():
+        # bitsandbytes may store 4 bits in a tensor of a floating dtype
+        quantised = not parameter.is_floating_point() or getattr(parameter, "quant_state", None) is not None
+        if parameter.device.type == "meta" or quantised:
             kind = "not loaded" if parameter.device.type == "meta" else f"{parameter.dtype}, quantised"
             raise LoralloyError(
                 f"parameter {name} is {kind}: load the base in bfloat16 or float32 to compare fingerprints"

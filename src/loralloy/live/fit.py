@@ -42,8 +42,23 @@ def check_saved_modules(model: nn.Module, bank: Bank) -> None:
                 )
 
 
+def packed(module: nn.Module) -> bool:
+    """Whether a module's weight is stored in another form than the matrix it stands for: nothing can be added to it.
+
+    bitsandbytes may keep 4-bit weights in a tensor of a floating dtype (bnb_4bit_quant_storage); its shape tells.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return False
+    flat = isinstance(module, nn.Linear) and tuple(weight.shape) != (module.out_features, module.in_features)
+    return flat or not weight.dtype.is_floating_point
+
+
 def check_fit(name: str, module: nn.Module, factors: LoraFactors) -> None:
-    """Raise LoralloyError unless the factors fit this module of the base."""
+    """Raise LoralloyError unless the factors fit this module of the base.
+
+    A linear layer is measured by what it maps, not by its weight, which bitsandbytes packs into another shape.
+    """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         raise LoralloyError(f"the model has a {type(module).__name__} there, which has no weight to adapt")

@@ -21,7 +21,7 @@ from ..errors import LoralloyError
 from ..factors import norm
 from ..merging.basis import Basis, learnable, make_basis
 from ..weights import Weights
-from .fit import check_fit, check_saved_modules
+from .fit import check_fit, check_saved_modules, packed
 
 if TYPE_CHECKING:
     from ..bank import Bank
@@ -152,8 +152,7 @@ class Learnable:
             raise error.within(f"module {name!r} of adapter {owner!r}") from None
         if "weight" in module.__dict__:
             raise LoralloyError(_taken(name))
-        weight = module._parameters.get("weight")
-        if weight is None or not weight.dtype.is_floating_point:
+        if module._parameters.get("weight") is None or packed(module):
             raise LoralloyError(
                 f"module {name!r} is a quantised {type(module).__name__}; load the model in float32 or bfloat16 to learn weights"
             )

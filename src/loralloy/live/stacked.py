@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _global_forward_hooks
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import LoralloyError
@@ -44,7 +45,7 @@ def place(target: nn.Module) -> tuple[torch.dtype, torch.device]:
     """The dtype and device that factors of this module of the base have to have."""
     weight = target.weight
     assert isinstance(weight, Tensor)  # check_fit has seen to it
-    # a quantised base computes in the dtype of its input
+    # a packed weight's dtype says nothing; its layer takes inputs of any, and PEFT too keeps factors in float32 beside it
     return weight.dtype if weight.dtype.is_floating_point else torch.float32, weight.device
 
 
@@ -118,7 +119,7 @@ class Stacked:
         if inner.shape[-1] != end - start:
             inner = inner[..., start:end]
         if (
-            isinstance(module, nn.Linear)  # whose output is new, and nobody's
+            self._first_sees(module)
             and output.dtype == inner.dtype
             and output.is_contiguous()
             and not (torch.is_grad_enabled() and (output.requires_grad or inner.requires_grad))
@@ -126,6 +127,16 @@ class Stacked:
             output.view(-1, output.shape[-1]).addmm_(inner.flatten(0, -2), out)
             return output
         return output + (inner @ out).to(output.dtype)
+
+    def _first_sees(self, module: nn.Module) -> bool:
+        """Whether the module's output is new and in nobody's hands: it is made by nn.Linear's own forward (a subclass may give
+        back its input, or what it keeps), and no other hook has seen it before this one."""
+        return (
+            type(module).forward is nn.Linear.forward
+            and "forward" not in vars(module)
+            and next(iter(module._forward_hooks.values()), None) == self.hook
+            and not _global_forward_hooks
+        )
 
     def _other(self, module: nn.Module, x: Tensor, output: Tensor, setting: Setting) -> Tensor:
         c, a = setting.c, setting.A

@@ -10,7 +10,9 @@ from torch import Tensor
 from .iso_c import DIRECTIONS, MEAN, Mean, width
 from .rule import Param, Rule
 from .stack import LowRank, Stack
-from .subspace import lifted, polar, raised, summed, triplets, weighted
+from .subspace import lifted, polar, raised, summed, triplets, weighted, zero
+
+_CANCELS = 0.1  # of the norm that the columns would have without it: a float32 keeps six digits there
 
 
 def iso_cts(
@@ -64,7 +66,21 @@ def iso_cts(
     live = s > 0
     over = live.sum(1).clamp(min=1) if mean == "rank" else torch.full_like(s[:, 0], min(stack.shape))
     level = torch.where(live, (s.sum(1) / over)[:, None], 0.0)
-    return lifted(t, polar(u, stack.dtype), level, polar(v, stack.dtype), stack.dtype)
+    return lifted(t, *_uncancelled(polar(u, stack.dtype), level, polar(v, stack.dtype), stack.dtype), stack.dtype)
+
+
+def _uncancelled(u: Tensor, s: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """u diag(s) v^T [L, R, k], [L, k], [L, R, k]; where its columns cancel, as its own singular triplets."""
+    size = ((u.mT @ u) * (v.mT @ v) * s[:, :, None] * s[:, None]).sum((1, 2))  # ||u diag(s) v^T||_F^2
+    bad = (size < _CANCELS**2 * s.square().sum(1)).nonzero().flatten()
+    if not len(bad):
+        return u, s, v
+    k = s.shape[1]
+    p, values, qh = torch.linalg.svd((u[bad] * s[bad, None]) @ v[bad].mT)
+    own = values > zero(dtype) * values[:, :1]
+    u, s, v = u.clone(), s.clone(), v.clone()
+    u[bad], s[bad], v[bad] = p[:, :, :k], torch.where(own, values, 0.0)[:, :k], qh.mT[:, :, :k]
+    return u, s, v
 
 
 def _first(n: int, count: Tensor) -> Tensor:

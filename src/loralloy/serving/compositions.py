@@ -11,14 +11,14 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import LoralloyError
 from ..merging import make_plan, run
 from ..weights import Weights
 from .engine import Busy
-from .grammar import AUTO, BASE, Composition, parse
+from .grammar import AUTO, BASE, Composition, parse, with_terms
 
 if TYPE_CHECKING:
     from ..bank import Bank
@@ -110,33 +110,42 @@ class Compositions:
         for name, _ in made.terms:
             if name not in self.bank:
                 known = ", ".join(self.bank.names[:20]) + (", ..." if len(self.bank) > 20 else "")
-                raise NotFound(f"there is no adapter {name!r} in this bank; it has {known}")
+                shown = name if len(name) <= 200 else name[:197] + "..."
+                raise NotFound(f"there is no adapter {shown!r} in this bank; it has {known}")
         return made
 
     @asynccontextmanager
-    async def use(self, composition: Composition, routed: Weights | None = None) -> AsyncIterator[Ready]:
+    async def use(
+        self, composition: Composition, routed: Weights | None = None, merge: bool = True
+    ) -> AsyncIterator[Ready]:
         """The composition, ready, for as long as the block lasts; `routed` stands in for `auto`.
 
-        Raises LoralloyError for what cannot be merged, Busy when too many merges wait.
+        Without `merge` it is used only if it is live or kept, and else "cold", which no row can use. Raises LoralloyError for
+        what cannot be merged, Busy when too many merges wait.
         """
         filled = self.fill(composition, routed)
         if filled.live:
             yield self._live(filled)
             return
-        key, (entry, cache) = self.key(filled), await self._merged(filled)
+        # hashing reads the adapters, the first time
+        key = await asyncio.get_running_loop().run_in_executor(None, self.key, filled)
+        if not merge and key not in self._kept:
+            yield self._cold(filled, key)
+            return
+        entry, cache = await self._merged(filled, key)
         try:
             yield self._ready(filled, key, entry, cache)
         finally:
             entry.users -= 1
 
     def fill(self, composition: Composition, routed: Weights | None = None) -> Composition:
-        """The composition with the routed terms; the base model alone for weights of 0 (a fallback) and under `base`."""
+        """The composition with the routed terms (see :func:`.grammar.with_terms`); the base model alone for weights of 0 (a
+        fallback) and under `base`."""
         if not composition.auto:
             return composition
         if routed is None:
             raise LoralloyError("this server has no index to route with, so there is no auto; name adapters")
-        terms = tuple((n, w) for n, w in routed.items() if w)
-        return replace(composition, auto=False, terms=terms) if terms else Composition()
+        return with_terms(composition, routed.items())
 
     def look(self, composition: Composition) -> Ready:
         """How a composition stands, without merging it."""
@@ -144,10 +153,7 @@ class Compositions:
             return self._live(composition)
         key = self.key(composition)
         entry = self._kept.get(key)
-        if entry is None:
-            space, rank = _settled(composition)
-            return Ready(composition, Weights({BASE: 0.0}), "cold", space, rank, None, key)
-        return self._ready(composition, key, entry, "hit")
+        return self._cold(composition, key) if entry is None else self._ready(composition, key, entry, "hit")
 
     @property
     def kept(self) -> list[tuple[Ready, _Merged]]:
@@ -177,16 +183,18 @@ class Compositions:
         space, rank = _settled(composition)
         return Ready(composition, Weights({entry.name: 1.0}), cache, space, rank, entry.error, key)
 
-    async def _merged(self, composition: Composition) -> tuple[_Merged, Cache]:
-        loop = asyncio.get_running_loop()
-        key = await loop.run_in_executor(None, self.key, composition)  # hashing reads the adapters, the first time
+    def _cold(self, composition: Composition, key: str) -> Ready:
+        space, rank = _settled(composition)
+        return Ready(composition, Weights({BASE: 0.0}), "cold", space, rank, None, key)
+
+    async def _merged(self, composition: Composition, key: str) -> tuple[_Merged, Cache]:
         cache: Cache = "hit"
         while key not in self._kept:  # again, if others drove it out before this one had its turn
             cache = "merged"
             if key not in self._under_way:
                 if len(self._under_way) >= self.max_waiting:
                     raise Busy(f"{len(self._under_way)} compositions wait to be merged", 5)
-                task = loop.create_task(self._merge(key, composition))
+                task = asyncio.get_running_loop().create_task(self._merge(key, composition))
                 self._under_way[key] = task
                 task.add_done_callback(lambda _: self._under_way.pop(key, None))
             await asyncio.shield(self._under_way[key])  # others may wait for it when this client has gone

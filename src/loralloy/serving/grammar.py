@@ -20,12 +20,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ..errors import LoralloyError
 from ..merging import Rule, get_rule
 from ..merging.engine import Rank
 
 AUTO, BASE = "auto", "base"
-MAX_LENGTH, MAX_TERMS, MAX_WEIGHT = 2000, 64, 1e6
+MAX_LENGTH, MAX_TERMS, MAX_WEIGHT = 32768, 1024, 1e6
+
+_AROUND = len(" + ") + len("1.17549435e-38*")  # characters of a term, at most, besides its name
 
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -100,6 +104,49 @@ def quoted(name: str) -> str:
     if _BARE.fullmatch(name) and name not in (AUTO, BASE):
         return name
     return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def with_terms(asked: Composition, weights: Iterable[tuple[str, float]]) -> Composition:
+    """`asked`, an ``auto``, with routed weights in their order; the base model alone where none is left.
+
+    Its text is one that :func:`parse` takes: where the terms would be more than MAX_TERMS, or the text longer than
+    MAX_LENGTH, the smallest go, and the others are scaled to the sum that all had, as the router's nucleus does. Each weight
+    is the number of fewest digits with its float32: the text stays short, and reads back as the same composition.
+    """
+    terms = tuple((name, w) for name, w in weights if w)
+    if len(terms) > MAX_TERMS or len(str(_shortened(asked, terms))) > MAX_LENGTH:
+        terms = _fitting(asked, terms)
+    return _shortened(asked, terms)
+
+
+def _shortened(asked: Composition, terms: Iterable[tuple[str, float]]) -> Composition:
+    short = tuple((name, w) for name, value in terms if (w := float(str(np.float32(value)))))
+    return replace(asked, auto=False, terms=short) if short else Composition()
+
+
+def _fitting(asked: Composition, terms: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+    """The largest terms that the grammar takes together, in the order given, with the sum that all had (weights below 0
+    have no mass to share out: with them the others stay as they are)."""
+    room = MAX_LENGTH - len(str(replace(asked, auto=False, terms=())))
+    kept: set[str] = set()
+    for name, _ in sorted(terms, key=lambda term: -abs(term[1]))[:MAX_TERMS]:
+        room -= len(quoted(name)) + _AROUND
+        if room < 0:
+            break
+        kept.add(name)
+    most = [(name, w) for name, w in terms if name in kept]
+    share = 1.0
+    if most and all(w > 0 for _, w in terms):
+        share = math.fsum(w for _, w in terms) / math.fsum(w for _, w in most)
+    return tuple((name, w * share) for name, w in most)
+
+
+def canonical(asked: Composition) -> Composition:
+    """One composition for all that ask for one merge: terms by name, and nothing said that holds anyway."""
+    rule = get_rule(asked.rule)
+    given = tuple((k, v) for k, v in asked.arguments if v != rule.values[k])
+    space = None if asked.space == rule.spaces[0] else asked.space
+    return replace(asked, terms=tuple(sorted(asked.terms)), arguments=given, space=space)
 
 
 def parse(text: str) -> Composition:

@@ -97,13 +97,8 @@ class LayerNorms:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _measure(self, asked: Composition, prepare: bool, gone: Callable[[], bool]) -> LayersReport:
-        loop = asyncio.get_running_loop()
-        if not (prepare or asked.live):
-            ready = await loop.run_in_executor(self._pool, self.compositions.look, asked)
-            if ready.cache == "cold":
-                return await loop.run_in_executor(self._pool, self._report, ready, gone)
-        async with self.compositions.use(asked) as ready:
-            return await loop.run_in_executor(self._pool, self._report, ready, gone)
+        async with self.compositions.use(asked, merge=prepare) as ready:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._report, ready, gone)
 
     def _report(self, ready: Ready, gone: Callable[[], bool]) -> LayersReport:
         bank, terms = self.compositions.bank, ready.composition.terms

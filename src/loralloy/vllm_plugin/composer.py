@@ -84,7 +84,8 @@ class Composer:
         for term, _ in made.terms:
             if term not in self.bank:
                 known = ", ".join(self.bank.names[:20]) + (", ..." if len(self.bank) > 20 else "")
-                raise LoralloyError(f"there is no adapter {term!r} in this bank; it has {known}")
+                shown = term if len(term) <= 200 else term[:197] + "..."
+                raise LoralloyError(f"there is no adapter {shown!r} in this bank; it has {known}")
         if made.auto:
             raise LoralloyError("auto is routed by `loralloy front`, not by vLLM; ask there, or name adapters")
         if not made.terms:

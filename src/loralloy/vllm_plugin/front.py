@@ -25,7 +25,7 @@ from ..serving.metrics import Metrics
 from ..serving.routing import Routing
 from ..serving.schemas import Neighbour, Route
 from .forward import Forwarded, Upstream, forward
-from .routed import asks_router, composed, rounded
+from .routed import asks_router, composed, one_name, rounded
 
 log = logging.getLogger("loralloy.front")
 ROUTED = {"/v1/completions": "prompt", "/v1/chat/completions": "messages"}
@@ -52,6 +52,7 @@ class Front:
         upstream: vLLM.
         step, top: weights are rounded to multiples of `step` over the `top` largest, so that requests meet compositions
             that vLLM has.
+        adapters: the bank's. Compositions of them go on under one name each (see :func:`.routed.one_name`).
     """
 
     routing: Routing
@@ -59,15 +60,18 @@ class Front:
     step: float = 0.1
     top: int = 3
     metrics: Metrics = field(default_factory=Metrics)
+    adapters: frozenset[str] = frozenset()
 
     async def compose(self, body: dict[str, Any], path: str, headers: Mapping[str, str]) -> dict[str, Any] | None:
-        """Put the routed composition into a request for `auto`, in place, and say why; None for other models.
+        """Put the routed composition into a request for `auto`, in place, and say why; None for other models, of which a
+        composition gets its one name.
 
         Raises LoralloyError for what cannot be routed.
         """
         asked = asks_router(body.get("model"))
         wanted = _wanted(body, asked)
         if asked is None:
+            self.rename(body)
             return None
         (weights,) = await self.routing.weigh([_text(body, path)])
         chosen = composed(asked, rounded(dict(weights.items()), self.step, self.top))
@@ -82,6 +86,23 @@ class Front:
         terms = chosen or Composition()
         said = {"composition": str(terms), "weights": dict(terms.terms), "rule": str(asked.bound)}
         return said | {"route": route.model_dump(exclude_none=True)}
+
+    def rename(self, body: dict[str, Any]) -> None:
+        """Put a composition's one name into a request, in place."""
+        if isinstance(model := body.get("model"), str) and (name := one_name(model, self.adapters)) != model:
+            body["model"] = name
+
+    def renamed(self, raw: bytes) -> bytes:
+        """A request's bytes, with a composition's one name if it is a JSON object with another."""
+        try:
+            body = json.loads(raw) if raw.lstrip()[:1] == b"{" else None
+        except (ValueError, RecursionError):
+            return raw  # vLLM says what is wrong with it
+        if not isinstance(body, dict):
+            return raw
+        before = body.copy()
+        self.rename(body)
+        return raw if body == before else json.dumps(body).encode()
 
 
 def create_front(front: Front, key: str | None = None, hosts: Sequence[str] | None = None) -> FastAPI:
@@ -145,7 +166,7 @@ def create_front(front: Front, key: str | None = None, hosts: Sequence[str] | No
             raw += part
             if len(raw) > MAX_BODY:
                 return JSONResponse(error_body(f"larger than {MAX_BODY} bytes", "invalid_request_error"), 413)
-        return await forward(front.upstream, request, bytes(raw), None)
+        return await forward(front.upstream, request, front.renamed(bytes(raw)), None)
 
     @app.exception_handler(LoralloyError)
     async def wrong(_: Request, error: LoralloyError) -> JSONResponse:

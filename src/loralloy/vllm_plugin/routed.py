@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
 
 from ..errors import LoralloyError
-from ..serving.grammar import AUTO, Composition, parse
+from ..serving.grammar import AUTO, BASE, MAX_LENGTH, Composition, canonical, parse, with_terms
 
 _COLON = re.compile(r"\s*auto\s*:\s*(?P<rule>\S.*)?\Z", re.DOTALL)
 
@@ -49,5 +48,26 @@ def rounded(weights: Mapping[str, float], step: float, top: int) -> dict[str, fl
 
 def composed(asked: Composition, weights: Mapping[str, float]) -> Composition | None:
     """`asked` with the routed terms, in one order whatever their weights; None for the base model alone."""
-    terms = tuple(sorted(weights.items()))
-    return replace(asked, auto=False, terms=terms) if terms else None
+    made = with_terms(asked, sorted(weights.items()))
+    return made if made.terms else None
+
+
+def one_name(model: str, adapters: Collection[str]) -> str:
+    """The one name for all ways to write a composition of these adapters; any other name as it is.
+
+    vLLM knows an adapter by the name it was asked for: under two names the same folder would take two of its slots.
+    """
+    if model in adapters:  # an exact name comes first, whatever it could also be read as
+        return model
+    try:
+        made = parse(model)
+    except LoralloyError:
+        return model
+    if not made.terms or any(name not in adapters for name, _ in made.terms):
+        return model
+    made = canonical(made)
+    (name, weight), *more = made.terms
+    if not more and weight == 1 and name not in (AUTO, BASE) and made == Composition(made.terms):
+        return name
+    text = str(made)
+    return model if text in adapters or len(text) > MAX_LENGTH else text

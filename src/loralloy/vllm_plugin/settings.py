@@ -20,7 +20,7 @@ class Settings:
         max_bytes: LORALLOY_CACHE_GIB, room for them in bytes.
         rank: LORALLOY_RANK; None for vLLM's --max-lora-rank.
         grace: LORALLOY_GRACE, seconds between the steps in which a merged adapter is
-            taken back from vLLM (see :mod:`.lending`).
+            taken back from vLLM (see :mod:`.lending`); at least 1.
         threads: LORALLOY_THREADS, that a merge computes with.
         same_base: LORALLOY_ASSUME_SAME_BASE, skip the checks of base models.
     """
@@ -43,7 +43,8 @@ class Settings:
         rank = _number(environment, "LORALLOY_RANK", 1, whole=True)
         threads = _number(environment, "LORALLOY_THREADS", 1, whole=True)
         gib = _number(environment, "LORALLOY_CACHE_GIB", 0.001)
-        grace = _number(environment, "LORALLOY_GRACE", 0)
+        # less would leave nothing between a name's resolution and the request that vLLM shows for it
+        grace = _number(environment, "LORALLOY_GRACE", 1, unit="seconds")
         return Settings(
             Path(bank).absolute(),
             Path(cache).absolute(),
@@ -60,7 +61,9 @@ def _threads() -> int:
     return min(16, max(1, (os.cpu_count() or 1) // 4))
 
 
-def _number(environment: Mapping[str, str], name: str, least: float, whole: bool = False) -> float | None:
+def _number(
+    environment: Mapping[str, str], name: str, least: float, whole: bool = False, unit: str = ""
+) -> float | None:
     text = environment.get(name)
     if not text:
         return None
@@ -69,5 +72,7 @@ def _number(environment: Mapping[str, str], name: str, least: float, whole: bool
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value >= least and (value == int(value) or not whole)):
-        raise LoralloyError(f"{name}={text!r}: give a {'whole ' if whole else ''}number of at least {least:g}")
+        raise LoralloyError(
+            f"{name}={text!r}: give a {'whole ' if whole else ''}number of at least {least:g} {unit}".rstrip()
+        )
     return value

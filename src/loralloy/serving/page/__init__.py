@@ -85,9 +85,26 @@ def _packed(path: Path) -> tuple[bytes, bytes, str]:
     return raw, gzip.compress(raw, 6, mtime=0), hashlib.sha256(raw).hexdigest()[:16]
 
 
+def takes_gzip(accepted: str) -> bool:
+    """Whether an Accept-Encoding header takes gzip (RFC 9110, 12.5.3): named, or by ``*``, with a weight above 0."""
+    weights: dict[str, float] = {}
+    for part in accepted.lower().split(","):
+        coding, *parameters = (field.strip() for field in part.split(";"))
+        weight = 1.0
+        for parameter in parameters:
+            name, _, value = parameter.partition("=")
+            if name.strip() == "q":
+                try:
+                    weight = float(value)
+                except ValueError:
+                    weight = 0.0  # not sent packed to a client that cannot say what it takes
+        weights["gzip" if coding == "x-gzip" else coding] = weight
+    return weights.get("gzip", weights.get("*", 0.0)) > 0
+
+
 def _answer(request: Request, path: Path) -> Response:
     raw, small, tag = _packed(path)
-    squeezed = "gzip" in request.headers.get("accept-encoding", "")
+    squeezed = takes_gzip(",".join(request.headers.getlist("accept-encoding")))
     headers = HEADERS | {"etag": f'"{tag}{"-gzip" if squeezed else ""}"', "content-type": _TYPES[path.suffix]}
     if headers["etag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)

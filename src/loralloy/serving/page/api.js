@@ -58,7 +58,11 @@ export const get = async (path, signal) => (await send(path, null, signal)).json
 export const post = async (path, body, signal) => (await send(path, body, signal)).json();
 
 /** Whether the server can read a composition; ApiError says what is wrong, and where. */
-export const check = (model, signal) => get(`v1/models/${encodeURIComponent(model)}`, signal);
+export const check = (model, signal) => {
+  const path = `v1/models/${encodeURIComponent(model)}`;
+  // servers and proxies read 8 KiB of an address; a routed composition can be longer
+  return path.length <= 4000 ? get(path, signal) : post("v1/compositions", { model }, signal);
+};
 
 /** The events of a streamed answer, as objects. Raises ApiError, also for an error within the stream or its early end. */
 export async function* stream(path, body, signal) {
