@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -179,7 +180,8 @@ def test_a_small_cache_lets_go_of_old_ones_and_vllm_lives(
         real_model_folder, real_bank_folder, tmp_path, LORALLOY_CACHE_GIB=str(limit / 2**30), LORALLOY_GRACE="1"
     ) as server:  # fmt: skip
         for _ in range(2):
-            for model in some:  # one after the other: those before are not under way
+            for model in some:  # one after the other: those before are not under way, and their time of grace is over
+                time.sleep(1.1)
                 tops, _ = ask_all(server, [model])[model]
                 assert compared.own(model, tops) < WITHIN
                 assert sum(f.stat().st_size for p in server.kept for f in p.iterdir()) <= limit
