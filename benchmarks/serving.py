@@ -65,11 +65,19 @@ def page(parts: dict[str, Any]) -> str:
                 "", f"## Decoding, {key.split(' ', 1)[1]}", "",
                 f"{found['model']}; {given['rows']} rows, each its own composition of {given['used']} of {given['adapters']} "
                 f"adapters (rank {given['rank']}, all seven projections); prompts of 8 to 64 tokens, {given['tokens']} tokens "
-                f"decoded greedily with a KV cache; contenders in turn, {given['repeats']} times. {given['where']}.", "",
+                f"decoded greedily with a KV cache; contenders in turn, at most {given['repeats']} times. "
+                f"{given['where']}.", *_note(part), "",
                 *serving_decode.table(found, given),
             ]  # fmt: skip
         elif kind == "logits":
-            lines += ["", f"## Logits, {key.split(' ', 1)[1]}", "", f"{found['model']}. {given['where']}.", ""]
+            lines += [
+                "",
+                f"## Logits, {key.split(' ', 1)[1]}",
+                "",
+                f"{found['model']}. {given['where']}.",
+                *_note(part),
+                "",
+            ]
             lines += serving_logits.table(found)
         elif kind == "route":
             lines += ["", "## Routing a request, CPU", "", f"{given['where']}; load {given['load']:.1f}.", ""]
@@ -77,6 +85,11 @@ def page(parts: dict[str, Any]) -> str:
         elif kind == "load":
             lines += ["", "## Under load, CPU", "", f"{given['where']}.", "", *serving_load.table(found)]
     return "\n".join(lines) + "\n"
+
+
+def _note(part: dict[str, Any]) -> list[str]:
+    """What is to be known of a part's run, kept with its figures."""
+    return ["", part["note"]] if "note" in part else []
 
 
 def main() -> None:

@@ -291,7 +291,7 @@ def test_four_bits_in_a_floating_tensor_are_told_apart(world, bank):
 
 
 def test_refusals_say_the_way_out(world, monkeypatch):
-    with pytest.raises(LoralloyError, match="quantisation '3bit' is unknown; load in 4bit or 8bit"):
+    with pytest.raises(LoralloyError, match="quantisation '3bit' \\(--load-in\\) is unknown; load in 4bit or 8bit"):
         load_base(str(world.model), "float32", "cpu", "3bit")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(LoralloyError, match=r"in 8bit needs bitsandbytes: pip install 'loralloy\[quantised\]'"):

@@ -38,7 +38,7 @@ def front(
     no_fallback: NoFallback = False,
     assume_same_base: SameBase = False,
 ) -> None:
-    """Stand before vLLM: `auto` becomes a composition that vLLM's plugin merges; other requests to a model pass unchanged.
+    """Stand before vLLM: `auto` becomes a composition that vLLM's plugin merges; others go on under one name each.
 
     Example: loralloy front examples/bank --index .assets/index --vllm http://127.0.0.1:8000
     """

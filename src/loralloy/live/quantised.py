@@ -23,7 +23,7 @@ INSTALL = "pip install 'loralloy[quantised]'"
 def check_kind(kind: str) -> None:
     """Raise LoralloyError unless it is "4bit" or "8bit"."""
     if kind not in KINDS:
-        raise LoralloyError(f"quantisation {kind!r} is unknown; load in {' or '.join(KINDS)}")
+        raise LoralloyError(f"quantisation {kind!r} (--load-in) is unknown; load in {' or '.join(KINDS)}")
 
 
 def settings(kind: str, dtype: torch.dtype, device: torch.device) -> Any:

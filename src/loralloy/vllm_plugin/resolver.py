@@ -110,7 +110,9 @@ def open_bank(settings: Settings, base: str | None = None) -> Bank:
     from ..base_ref import BaseRef, compare
 
     if not settings.bank.is_dir():
-        raise LoralloyError(f"LORALLOY_BANK {settings.bank}: no such folder here; give a folder of adapters")
+        raise LoralloyError(
+            f"the bank {settings.bank} (LORALLOY_BANK, --bank): no such folder here; give a folder of adapters"
+        )
     bank = Bank.load(settings.bank, settings.same_base)
     if base is not None and not settings.same_base:
         verdict, why = compare(bank.base, BaseRef(base))

@@ -31,7 +31,7 @@ def rounded(weights: Mapping[str, float], step: float, top: int) -> dict[str, fl
     """
     if not (0 < step <= 1 and top >= 1):
         raise LoralloyError(
-            f"step {step:g} and top {top} are not valid; give a step in (0, 1] and at least one adapter"
+            f"--step {step:g} with --top {top} is not valid; give a step above 0, at most 1, and at least one adapter"
         )
     kept = sorted(((n, w) for n, w in weights.items() if w > 0), key=lambda item: (-item[1], item[0]))[:top]
     if not kept:
