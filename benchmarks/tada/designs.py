@@ -88,6 +88,18 @@ def _gated_ties(name: str, title: str, gate: Mapping[str, Any], rank: str) -> Me
     return Method(name, title, "ties", values={"density": 0.2}, rank=rank, gate={"reference": "general", **gate})
 
 
+def _gated(
+    name: str,
+    title: str,
+    rule: str = "linear",
+    space: str = "delta",
+    values: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Method:
+    gate = {"reference": "general"}
+    return Method(name, title, rule, space, values or {}, rank="max", gate=gate, **more)
+
+
 _TASK: dict[str, Any] = {"reference": "task"}
 DESIGNS = (
     _ours("default", "the library's defaults"),
@@ -133,6 +145,13 @@ DESIGNS = (
     _gated_ties("gated_ties", "gate, then TIES 0.2 on dW, uncut", {}, "full"),
     _gated_ties("gated_ties_cut", "gate, then TIES 0.2 on dW, cut to r", {}, "max"),
     _gated_ties("ramp_ties", "depth ramp, then TIES 0.2 on dW, uncut", {"kind": "ramp", "temperature": 1.0}, "full"),
+    # the gates under rules that keep directions apart in their own way, for comparison, each cut to r
+    _gated("gated_core", "gate, then Core Space TIES 0.2, cut to r", "ties", "core", {"density": 0.2}),
+    _gated("gated_knots", "gate, then KnOTS-TIES 0.2, cut to r", "ties", "knots", {"density": 0.2}),
+    _gated("gated_tsv_m", "gate, then TSV-M, cut to r", "tsv_m"),
+    _gated("gated_iso_c", "gate, then Iso-C, cut to r", "iso_c"),
+    _gated("gated_iso_cts", "gate, then Iso-CTS, cut to r", "iso_cts"),
+    _gated("gated_pico", "Pico, then the gate's sum, cut to r", before="pico"),
 )  # fmt: skip
 
 METHODS = {m.name: m for m in (*BASELINES, *LEARNED, *DESIGNS)}
