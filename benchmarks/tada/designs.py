@@ -141,6 +141,8 @@ DESIGNS = (
           judge="activations", **_TASK),
     _ours("anchored", "gate on the domain alone, shared on activations", threshold=0.0, gate={"form": "anchor"},
           judge="activations"),
+    _ours("plain", "gate without a reference, shared at threshold 0", threshold=0.0, gate={"reference": "none"}),
+    _ours("based", "gate against the base's answer, shared at threshold 0", threshold=0.0, gate={"reference": "base"}),
     # entries instead of components, for comparison: the gates of ours under the mark to beat
     _gated_ties("gated_ties", "gate, then TIES 0.2 on dW, uncut", {}, "full"),
     _gated_ties("gated_ties_cut", "gate, then TIES 0.2 on dW, cut to r", {}, "max"),
