@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from loralloy.bank import Bank
 from loralloy.errors import LoralloyError
 from loralloy.factors import LoraFactors
 from loralloy.merging import RULES, batches, get_plugin, get_rule, make_plan, merge, merge_factors
+from loralloy.merging.entries import Entries
 from loralloy.weights import Weights
 
 # -- batches -----------------------------------------------------------------------------------------------------------
@@ -39,6 +41,57 @@ def test_batching_changes_nothing(rule, space, monkeypatch):
             for m, want in delta(results[0].adapter).items():
                 assert relative(delta(other.adapter)[m], want) < 1e-5
             assert other.report.error == pytest.approx(results[0].report.error, abs=1e-6)
+
+
+def test_batches_of_a_group_are_even(monkeypatch):
+    """As few as the budget allows, in order, of one size but for what does not divide."""
+    plan = make_plan(
+        Bank([adapter({f"m{i}": factors(9, 8, 3, i) for i in range(10)}, "a")]), Weights({"a": 1.0}), "ties"
+    )
+    settings = batches.Settings(
+        plan.rule, plan.space, None, None, torch.float32, torch.device("cpu"), "none"
+    )  # fmt: skip
+    seen = set()
+    for budget in range(1, 40_000, 100):
+        monkeypatch.setattr(batches, "_BUDGET", {"cpu": budget})
+        sizes = [len(range(10)[part]) for part in batches._chunks(plan.groups[0], settings)]
+        assert sum(sizes) == 10 and max(sizes) == math.ceil(10 / len(sizes)) and sizes == sorted(sizes, reverse=True)
+        seen.add(tuple(sizes))
+    assert {(10,), (5, 5), (4, 4, 2), (1,) * 10} <= seen
+
+
+@pytest.mark.parametrize(("rule", "space"), EVERYWHERE, ids=lambda x: x)
+def test_adapters_are_left_as_they_were(rule, space):
+    """A module that no other is like enters as it is stored, not as a copy."""
+    b = alike() if space == "factors" else bank()
+    bound = get_rule(rule)
+    variants = [bound, *[bound(density=d) for d in (0.0, 1.0) if "density" in bound.parameters]]
+    if "vote" in bound.parameters:
+        variants += [bound(vote="weighted", density=1.0), bound(normaliser="weights", density=1.0)]
+    before = {(n, m): (f.A.clone(), f.B.clone()) for n in b for m, f in b[n].items()}
+    for variant in variants:
+        merge_factors([dict(b[n]) for n in b], [0.8, -0.6, 0.3], variant, space)
+        for (n, m), (a_, b_) in before.items():
+            assert torch.equal(b[n][m].A, a_) and torch.equal(b[n][m].B, b_), (str(variant), n, m)
+
+
+def test_an_election_overwrites_what_is_spare_and_nothing_else():
+    """The same bytes either way; entries of another dtype than the computation's are never written to."""
+    g = torch.Generator().manual_seed(0)
+    given = itertools.product((1, 2, 4), ("total", "frequency"), ("count", "weights"), ("unweighted", "weighted"))
+    for adapters, majority, normaliser, vote in given:
+        for dtype in (torch.float32, torch.float16):
+            values = [torch.randn(3, 50, generator=g).mul(2).round().to(dtype) for _ in range(adapters)]
+            weights = torch.randn(adapters, 3, generator=g, dtype=torch.float64)
+            keys = torch.zeros(adapters, 3, dtype=torch.int64)
+            entries = Entries(values, weights, weights, keys, None, 0, torch.float32)
+            kept = [x.clone() for x in values]
+            want = entries.disjoint(kept, majority, normaliser, vote)  # type: ignore[arg-type]
+            assert all(torch.equal(x, y) for x, y in zip(values, kept, strict=True))
+            got = entries.disjoint(kept, majority, normaliser, vote, spare=True)  # type: ignore[arg-type]
+            assert torch.equal(got.view(torch.int32), want.view(torch.int32))
+            if dtype == torch.float16:
+                assert all(torch.equal(x, y) for x, y in zip(values, kept, strict=True))
 
 
 @pytest.mark.parametrize(("rule", "space"), EVERYWHERE, ids=lambda x: x)

@@ -6,6 +6,7 @@ A batch's working set is bounded, so memory does not grow with the number of mod
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -88,11 +89,16 @@ def keys_of(rule: Rule, parents: Sequence[Adapter] | Sequence[str]) -> Callable[
 def _chunks(group: Group, settings: Settings) -> Iterator[slice]:
     """Slices of a group's modules whose working set fits the budget."""
     out, inside = group.shape
-    entries = (out + inside) * (sum(group.ranks) + group.rank) * 6
+    # entry by entry on A and on B, little is held but the entries, those that are kept, and the result
+    by_entry = settings.space == "factors" and settings.rule.acts_on == "entries" and settings.before is None
+    copies = 3 if by_entry else 6
+    entries = (out + inside) * (sum(group.ranks) + group.rank) * copies
     if settings.space == "delta" and settings.rule.acts_on == "entries" and "delta" not in settings.rule.sums:
         entries += out * inside * (len(group.who) + 3)
-    size = max(1, _BUDGET.get(settings.device.type, _BUDGET["cpu"]) // (4 * entries))
-    return (slice(at, at + size) for at in range(0, len(group.modules), size))
+    most = max(1, _BUDGET.get(settings.device.type, _BUDGET["cpu"]) // (4 * entries))
+    total = len(group.modules)
+    size = math.ceil(total / math.ceil(total / most))  # even: a short last batch costs as many calls as a full one
+    return (slice(at, at + size) for at in range(0, total, size))
 
 
 def _load(group: Group, part: slice, settings: Settings, fetch: Fetch, keys: Callable[[int, str], int]) -> Stack:

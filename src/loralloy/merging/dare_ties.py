@@ -25,7 +25,7 @@ def dare_ties(
 
     Yu et al. 2024, section 3; PEFT 0.21.2's `dare_ties` in factors space given the same masks.
     """
-    return entries.disjoint(entries.dropped(density, seed), majority, normaliser, vote)
+    return entries.disjoint(entries.dropped(density, seed), majority, normaliser, vote, spare=density < 1)
 
 
 RULE = Rule(

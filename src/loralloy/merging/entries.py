@@ -75,14 +75,26 @@ class Entries:
         assert total is not None
         return total
 
-    def disjoint(self, values: Sequence[Tensor], majority: Majority, normaliser: Normaliser, vote: Vote) -> Tensor:
+    def disjoint(
+        self,
+        values: Sequence[Tensor],
+        majority: Majority,
+        normaliser: Normaliser,
+        vote: Vote,
+        spare: bool = False,
+    ) -> Tensor:
         """Elect a sign for each entry and average the entries that have it (TIES; Yadav et al. 2023, steps 2 and 3).
 
-        The elected sign is + where the vote is 0, as in PEFT. An entry where no adapter agrees is 0.
+        The elected sign is + where the vote is 0, as in PEFT. An entry where no adapter agrees is 0. With `spare`, nobody
+        needs `values` afterwards, and they may be overwritten.
         """
-        weights, shares = self.weights.to(self.dtype), self.shares.abs().to(self.dtype)
+        counted = normaliser == "count"
+        weights = self.weights.to(self.dtype)[:, :, None]
+        shares = weights if counted else self.shares.abs().to(self.dtype)[:, :, None]
         if vote == "weighted":
-            values, weights = [x * w[:, None] for x, w in zip(values, weights, strict=True)], torch.ones_like(weights)
+            values, weights = [x * w for x, w in zip(values, weights, strict=True)], torch.ones_like(weights)
+            spare = True
+        spare = spare and all(x.dtype == self.dtype for x in values)
         ballots = values if majority == "total" else [x.sign() for x in values]
         poll = ballots[0].to(self.dtype) + (ballots[1] if len(ballots) > 1 else 0.0)
         for x in ballots[2:]:
@@ -91,14 +103,16 @@ class Entries:
         sign = torch.copysign(poll.new_ones(()), poll, out=poll)
         total = agreeing = mine = torch.empty(0)
         for i, (x, w, share) in enumerate(zip(values, weights, shares, strict=True)):
-            mine = torch.mul(x, sign, out=mine if i else None).relu_()  # |x| where it has the elected sign, else 0
-            total = total.addcmul_(mine, w[:, None]) if i else mine * w[:, None]
+            # fresh memory costs more than the product
+            mine = x.mul_(sign) if spare else torch.mul(x, sign, out=mine if i else None)
+            mine.relu_()  # |x| where it has the elected sign, else 0
+            total = total.addcmul_(mine, w) if i else mine * w
             mine.sign_()
-            if normaliser == "count":
-                agreeing = agreeing.add_(mine) if i else mine.clone()
+            if counted:
+                agreeing = agreeing.add_(mine) if i else mine if spare else mine.clone()
             else:
-                agreeing = agreeing.addcmul_(mine, share[:, None]) if i else mine * share[:, None]
-        if normaliser == "count":
+                agreeing = agreeing.addcmul_(mine, share) if i else mine * share
+        if counted:
             agreeing.clamp_(min=1.0)
         else:
             agreeing.add_(torch.eq(agreeing, 0.0, out=mine))

@@ -71,28 +71,30 @@ def largest(blocks: Blocks, size: int, k: int, single: bool) -> Limits:
         return _bracketed(blocks, size, k)
     first = next(blocks())
     if 0 < k < size:
-        return _select(first.abs(), k)
+        return _select(first, k)
     # everything, or nothing
     return Limits(torch.full_like(first[:, 0], 0.0 if k >= size else torch.inf))
 
 
-def _select(size: Tensor, k: int) -> Limits:
-    """From magnitudes [L, n] in memory."""
-    n = size.shape[1]
-    if size.device.type == "cpu" and size.dtype in (torch.float32, torch.float64):
-        import numpy as np
-
-        # magnitudes order as their bit patterns do, and numpy's introselect of integers runs on vectors
-        bits = size.view(torch.int32 if size.dtype == torch.float32 else torch.int64).numpy()
-        bar = torch.from_numpy(np.partition(bits, n - k, axis=1)[:, n - k].copy()).view(size.dtype)
-    elif size.device.type == "cuda":
+def _select(x: Tensor, k: int) -> Limits:
+    """From entries [L, n] in memory."""
+    n, size = x.shape[1], x.abs()
+    if x.device.type == "cpu" and size.dtype in (torch.float32, torch.float64):
+        # magnitudes order as their bit patterns do, and numpy's introselect of integers runs on vectors; in place: one
+        # buffer for the partition, the magnitudes and the mask stays in a core's cache
+        size.view(torch.int32 if size.dtype == torch.float32 else torch.int64).numpy().partition(n - k, axis=1)
+        bar = size[:, n - k].clone()
+        torch.abs(x, out=size)
+    elif x.device.type == "cuda":
         bar = size.sort(1, descending=True).values[:, k - 1]
     else:
         bar = size.kthvalue(n - k + 1, dim=1).values
-    mask = torch.ge(size, bar[:, None], out=torch.empty_like(size))
+    mask = torch.ge(size, bar[:, None], out=size if x.device.type == "cpu" else torch.empty_like(size))
     reach = mask.sum(1, dtype=torch.float32)  # exact below 2^24
-    if size.device.type == "cpu" and bool((reach == k).all()):
-        return Limits(bar, mask=mask)
+    if x.device.type == "cpu":
+        if bool((reach == k).all()):
+            return Limits(bar, mask=mask)
+        size = torch.abs(x, out=size)
     equal = (size == bar[:, None]).sum(1)
     return Limits(bar, k - reach.long() + equal, equal)
 

@@ -35,7 +35,7 @@ def ties(
     factors space, with the other defaults, it is PEFT 0.21.2's `ties`: on A with weights sgn(w s) sqrt(|w s|) and on B with
     sqrt(|w s|), an adapter of weight 0 still voting. The paper's and PEFT's density is 0.2 and a free choice.
     """
-    return entries.disjoint(entries.trimmed(), majority, normaliser, vote)
+    return entries.disjoint(entries.trimmed(), majority, normaliser, vote, spare=True)
 
 
 RULE = Rule(
