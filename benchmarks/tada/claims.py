@@ -32,6 +32,7 @@ def verdicts(half: Half, cells: Cells) -> list[tuple[str, str, str]]:
     """(statement, measured, verdict)."""
     found = [_margin(half, cells), _ties(half, cells)] if half.name == "language" else []
     found += [_leads(half, cells), _average(half, cells), _newer(half, cells)]
+    found += [_free(half, cells), _level(half, cells)]
     found += [_part(half, cells, "gate"), _part(half, cells, "removal"), _depth(half, cells)]
     return [f for f in found if f is not None]
 
@@ -46,7 +47,9 @@ def _both(half: Half, cells: Cells, rival: Config) -> tuple[Interval, str]:
     mine = ours(half)
     i = cells.difference(mine, rival)
     plain = cells.difference((mine[0], "ones", mine[2]), rival)
-    return i, f"{i.points()} points; ours at weights of 1, no validation rows: {plain.points()}"
+    said = f"{i.points()} points; ours without validation rows, at weights of 1: {plain.points()}"
+    free = cells.difference((mine[0], "free", mine[2]), rival)
+    return i, said + (f", at a level chosen without labels: {free.points()}" if free.pairs else "")
 
 
 def _margin(half: Half, cells: Cells) -> tuple[str, str, str] | None:
@@ -94,6 +97,31 @@ def _newer(half: Half, cells: Cells) -> tuple[str, str, str] | None:
         return None
     i, said = _both(half, cells, top)
     return "ahead of the best of the newer rules on average", f"{METHODS[top[0]].title}: {said}", _said(i, i.value > 0)
+
+
+def _free(half: Half, cells: Cells) -> tuple[str, str, str] | None:
+    """Nobody has labels: all at the level that the same unlabelled inputs choose."""
+    mine = (half.designs[0], "free", half.rank)
+    top = best([(m.name, "free", half.rank) for m in BASELINES], lambda c: cells.average(*c))
+    if top is None or not cells.of(*mine):
+        return None
+    i = cells.difference(mine, top)
+    what = "without labels, above the best training-free rule at its level (in hindsight)"
+    return what, f"{METHODS[top[0]].title}: {i.points()} points", _said(i, i.above)
+
+
+def _level(half: Half, cells: Cells) -> tuple[str, str, str] | None:
+    """Does the level earn its place: over all methods that have both, weights of 1 being the alternative."""
+    mine = half.designs[0]
+    i = cells.difference((mine, "free", half.rank), (mine, "ones", half.rank))
+    if not i.pairs:
+        return None
+    others = [m.name for m in BASELINES if cells.of(m.name, "free", half.rank) and cells.of(m.name, "ones", half.rank)]
+    gains = [cells.difference((n, "free", half.rank), (n, "ones", half.rank)) for n in others]
+    said = f"{i.points()} points" + (
+        f"; of {len(gains)} baselines it helps {sum(g.value > 0 for g in gains)}" if gains else ""
+    )
+    return "a level chosen without labels adds to ours at weights of 1", said, _said(i, i.above)
 
 
 def _part(half: Half, cells: Cells, part: str) -> tuple[str, str, str] | None:

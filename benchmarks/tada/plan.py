@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from designs import BASELINES, DESIGNS, LEARNED, METHODS, RANKS, TUNED_BESIDE, Method, ablations, of_half, sizes
+from designs import (
+    BASELINES,
+    DESIGNS,
+    LEARNED,
+    LEVELED,
+    METHODS,
+    RANKS,
+    TUNED_BESIDE,
+    Method,
+    ablations,
+    of_half,
+    sizes,
+)
 
 from loralloy.errors import LoralloyError
 
@@ -21,16 +33,21 @@ PARTS = {
     "domain": (11, "train the domain adapters, without labels"),
     "own": (20, "train adapters on the domains' own labels (seed 0, for the screen)"),
     "screen": (21, "base, task, domain and own adapter on validation rows of finals and reserves"),
-    "develop": (30, "every design, and some baselines at their best, on the development pairs"),
+    "develop": (30, "designs and some baselines on the development pairs"),
+    "tried": (31, "every design at weights of 1 on the development pairs of the first round"),
     "alone": (40, "base, task adapter and domain adapter on the final pairs"),
     "design": (41, "the designs of pairs.yaml on the final pairs, also at their best coefficients"),
-    "best": (42, "the baselines on the final pairs: at 0.5/0.5, at 1/1 and at their best by validation"),
+    "best": (
+        42,
+        "the baselines on the final pairs: at 0.5/0.5, at 1/1, at a level chosen without labels, and by validation",
+    ),
     "parts": (50, "ablations of the first design"),
     "learned": (60, "learned coefficients (these train)"),
     "inputs": (70, "4 to 256 calibration inputs"),
     "ranks": (80, "adapters of rank 4 to 64: two pairs, seed 0, trained anew"),
 }
-FIRST = ("task", "domain", "own", "screen", "develop")  # what is run before the design is written down
+FIRST = ("task", "domain", "own", "screen", "develop", "tried")  # what is run before the design is written down
+TUNING = ("develop", "tried")
 LEARNED_ROWS = 5  # a class; of tasks whose rows have options of their own, 4 times as many in all
 
 
@@ -52,7 +69,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method on one pair and seed. at: "even" (0.5/0.5), "ones", "best" (by validation rows) or "" (nothing to choose)."""
+    """One method on one pair and seed. at: "even" (0.5/0.5), "ones", "free" (a level of 1/1 chosen without
+    labels), "best" (by validation rows) or "" (nothing to choose)."""
 
     pair: str
     seed: int
@@ -99,6 +117,11 @@ class Half:
     @property
     def rank(self) -> int:
         return int(self.fields["rank"])
+
+    @property
+    def first(self) -> int:
+        """How many of the development pairs were those of the first round."""
+        return int(self.fields.get("first", len(self.fields["development"])))
 
     def pairs(self, which: str) -> tuple[str, ...]:
         return tuple(self.fields[which])
@@ -159,18 +182,14 @@ OWN = Method("own", "trained on the domain's labels")
 def groups(half: Half) -> list[Group]:
     """All work of a half, in the queue's order."""
     found = list(_trainings(half))
-    for part in ("screen", "develop", "alone", "design", "best", "parts", "learned", "inputs", "ranks"):
-        which = "development" if part == "develop" else "final"
+    for part in ("screen", "develop", "tried", "alone", "design", "best", "parts", "learned", "inputs", "ranks"):
+        which = "development" if part in TUNING else "final"
         pairs = half.pairs(which) + (half.pairs("reserves") if part == "screen" else ())
         seeds = (
-            half.development_seeds
-            if part == "develop"
-            else half.seeds[:1]
-            if part in ("screen", "ranks")
-            else half.seeds
+            half.development_seeds if part in TUNING else half.seeds[:1] if part in ("screen", "ranks") else half.seeds
         )
         for seed in seeds:
-            for pair in pairs[:2] if part == "ranks" else pairs:
+            for pair in pairs[:2] if part == "ranks" else pairs[: half.first] if part == "tried" else pairs:
                 found += _cells(half, part, pair, seed)
     known: set[tuple[str, str]] = set()
     result = []
@@ -184,7 +203,7 @@ def groups(half: Half) -> list[Group]:
 
 
 def _folder(part: str) -> str:
-    return part if part in ("screen", "develop") else "final"
+    return "develop" if part in TUNING else part if part == "screen" else "final"
 
 
 def folder(half: str, part: str) -> str:
@@ -223,15 +242,17 @@ def _cells(half: Half, part: str, pair: str, seed: int) -> Iterator[Group]:
         yield group([(m, "") for m in (*ALONE, OWN)], (*both, own))
     elif part == "develop":
         yield group([(m, "") for m in ALONE], both)
+        yield group([(METHODS[n], at) for at in ("ones", "free") for n in LEVELED], both)
+        yield group([(METHODS[n], at) for at in ("best", "free") for n in TUNED_BESIDE], both)
+    elif part == "tried":
         yield group([(m, "ones") for m in DESIGNS], both)
-        yield group([(METHODS[n], "best") for n in TUNED_BESIDE], both)
     elif part == "alone":
         yield group([(m, "") for m in ALONE], both)
     elif part == "design":
-        yield group([(METHODS[n], at) for at in ("ones", "best") for n in half.designs], both)
+        yield group([(METHODS[n], at) for at in ("ones", "free", "best") for n in half.designs], both)
     elif part == "best":
         for some in (BASELINES[:5], BASELINES[5:10], BASELINES[10:]):
-            yield group([(m, at) for m in some for at in ("best", "even", "ones")], both)
+            yield group([(m, at) for m in some for at in ("best", "free", "even", "ones")], both)
     elif part == "parts":
         yield group([(m, "ones") for m in ablations(first)], both)
     elif part == "learned":

@@ -21,11 +21,12 @@ sys.path[:0] = [p for p in (str(HERE), str(HERE.parent), str(ROOT / "src")) if p
 import claims  # noqa: E402
 from designs import BASELINES, DESIGNS, LEARNED, METHODS, RANKS, SIZES, TUNED_BESIDE, of_half  # noqa: E402
 from figures import draw  # noqa: E402
-from plan import ALONE, HALVES, Half, folder, groups, load  # noqa: E402
+from plan import ALONE, HALVES, PARTS, Half, folder, groups, load  # noqa: E402
 from results import Cells, bits, packed, percent, table  # noqa: E402
 
 from loralloy.atomic import atomic_file  # noqa: E402
 
+AT = {"even": "0.5/0.5", "ones": "1/1", "free": "level chosen without labels", "best": "best by validation"}
 ROOM, OVER_BASE = 0.03, 0.05  # the rule of pairs.yaml
 
 
@@ -101,21 +102,29 @@ def developed(half: Half, cells: Cells) -> list[str]:
     """All that was tried on the development pairs, the best first."""
     found = []
     configs = [(m.name, "", half.rank) for m in ALONE]
-    configs += [(m.name, "ones", half.rank) for m in DESIGNS] + [(n, "best", half.rank) for n in TUNED_BESIDE]
+    configs += [(m.name, at, half.rank) for at in ("ones", "free") for m in DESIGNS]
+    configs += [(n, at, half.rank) for at in ("best", "free") for n in TUNED_BESIDE]
+    pairs = half.pairs("development")
     titles = {m.name: m.title for m in ALONE}
     for config in configs:
         if cells.of(*config):
             title = titles.get(config[0]) or METHODS[config[0]].title
-            said = f"{title} ({config[0]})" + (", best by validation" if config[1] == "best" else "")
+            said = f"{title} ({config[0]})" + (f", {AT[config[1]]}" if config[1] in ("best", "free") else "")
             beside = cells.difference(config, ("ties", "best", half.rank))
-            found.append((cells.average(*config), [said, *_pairs(half, cells, config, "development"), beside.points()]))
+            whole = len(cells.by_pair(*config)) == len(
+                pairs
+            )  # the others stand below: their average is over other pairs
+            row = [said, *_pairs(half, cells, config, "development"), beside.points()]
+            found.append(((whole, cells.average(*config)), row))
     heads = ["method", *half.pairs("development"), "average", "against TIES at its best"]
-    return table(heads, [row for _, row in sorted(found, key=lambda item: -item[0])])
+    return table(heads, [row for _, row in sorted(found, key=lambda item: item[0], reverse=True)])
 
 
 def _pairs(half: Half, cells: Cells, config: tuple[str, str, int], which: str = "final") -> list[str]:
     by = cells.by_pair(*config)
-    return [*(percent(by.get(p, float("nan"))) for p in half.pairs(which)), percent(cells.average(*config))]
+    whole = len(by) == len(half.pairs(which))
+    average = percent(cells.average(*config)) + ("" if whole or not by else f" ({len(by)} pairs)")
+    return [*(percent(by.get(p, float("nan"))) for p in half.pairs(which)), average]
 
 
 def main_table(half: Half, cells: Cells) -> list[str]:
@@ -123,7 +132,7 @@ def main_table(half: Half, cells: Cells) -> list[str]:
     rows = []
     for m in ALONE:
         rows.append([m.title, *_pairs(half, cells, (m.name, "", half.rank)), ""])
-    for at, said in (("even", "0.5/0.5"), ("ones", "1/1"), ("best", "best by validation")):
+    for at, said in AT.items():
         for m in (*BASELINES, *(METHODS[n] for n in half.designs)):
             config = (m.name, at, half.rank)
             if cells.of(*config):
@@ -192,7 +201,10 @@ def page(half: Half, screen: Cells, develop: Cells, final: Cells, verdicts: Sequ
         f"calibration samples of {half.calibration} inputs); {len(final.rows)} of {_planned(half)} cells, {', '.join(devices)}. "
         "Pairs, losses, splits and the reasons for them: benchmarks/tada/pairs.yaml. Test rows: "
         + ", ".join(f"{p} {tested[p]}" for p in half.pairs("final") if p in tested) + ".", "",
-        "Coefficients and densities at their best are those that validation rows of the domain choose, for ours and all others "
+        *_unfinished(half, final),
+        "A level chosen without labels is the one of six at which the answers to the calibration inputs have the most "
+        "information (docs/tada.md). Coefficients and densities at their best are those that validation rows of the domain "
+        "choose, for ours and all others "
         "alike; baselines are not cut to the rank unless it is said. Intervals: 95 %, a bootstrap of pairs, then seeds and rows "
         "within a pair. Six pairs are few: an interval says what these six say.", "",
         "```sh", "python benchmarks/tada/run.py --jobs 12 --until 540   # again until nothing is left",
@@ -216,6 +228,27 @@ def page(half: Half, screen: Cells, develop: Cells, final: Cells, verdicts: Sequ
     if merged:
         lines += [f"A merge of ours took {merged[len(merged) // 2]:.2f} s (median, beside other processes)."]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _unfinished(half: Half, cells: Cells) -> list[str]:
+    """What of the plan is not there, by part."""
+    have = {
+        (r["cell"]["pair"], r["cell"]["seed"], r["cell"]["rank"], r["cell"]["method"], r["cell"]["at"])
+        for r in cells.rows
+    }
+    told = []
+    for part, (_, what) in PARTS.items():
+        names = [
+            c for g in groups(half) if g.part == part and folder(half.name, part).endswith("final") for c in g.cells
+        ]
+        left = sum((c.pair, c.seed, c.rank, c.method.name, c.at) not in have for c in names)
+        if left:
+            told.append(f"{what}: {left} of {len(names)} cells")
+    return (
+        [f"**Unfinished.** Missing are, of {'; of '.join(told)}. Averages over fewer than six pairs say so.", ""]
+        if told
+        else []
+    )
 
 
 def _planned(half: Half) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ class ImageSite:
         data = self.set(kind, name)
         images = data.load(sample(data.rows("train"), count, seed))
         return [{"pixel_values": self.classifier.pixels(part), **self.classifier.more} for part in images.split(64)]
+
+    def unlabelled_answers(self, domain: str, count: int, seed: int) -> Callable[[], torch.Tensor]:
+        """As of texts: log-probabilities [count, classes]."""
+        data = self.set("domain", domain)
+        images = data.load(sample(data.rows("train"), count, seed)).to(self.classifier.device)
+        return lambda: torch.cat([self.classifier(part) for part in images.split(64)]).float().log_softmax(1).cpu()
 
     def general(self) -> list[dict[str, Any]]:
         raise NotImplementedError("there are no images of no domain; the reference is the task's own inputs")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,16 @@ class TextSite:
 
     def general(self) -> list[dict[str, Any]]:
         return list(text_batches(self.tokenizer, GENERAL, 32, _PROBED, self.model.device))
+
+    def unlabelled_answers(self, domain: str, count: int, seed: int) -> Callable[[], torch.Tensor]:
+        """Log-probabilities [count, options] of the answers to the inputs that `unlabelled` gives, asked as the task asks."""
+        from loralloy.weighting.levels import text_answers
+
+        task = self.task("domain", domain)
+        every = task.examples("train")
+        chosen = [every[i] for i in drawn(len(every), count, seed)]
+        prompts = [self._prompt(e, task) for e in chosen]
+        return text_answers(self.model, self.tokenizer, prompts, [e.options for e in chosen], 64)
 
     def objective(self, domain: str, kind: str, seed: int) -> Any:
         """Of learned coefficients: labelled training rows of the domain, or unlabelled prompts, as many as are calibrated on."""

@@ -22,6 +22,7 @@ from loralloy.merging import get_rule, make_plan, run
 from loralloy.merging.tada import Found, watched
 from loralloy.weighting.candidates import can_learn
 from loralloy.weighting.gating import Gate, depth_slope, depths
+from loralloy.weighting.levels import LEVELS, information
 from loralloy.weighting.probed import Readings, probe
 from loralloy.weighting.tada import in_order
 from loralloy.weights import Weights
@@ -158,6 +159,13 @@ class Site:
 
         values: dict[str, Any] = {"density": method.densities[0]} if method.densities else {}
         scale = COEFFICIENTS[0] if cell.at == "even" else (1.0, 1.0)
+        if cell.at == "free":
+            answers = self.inner.unlabelled_answers(domain, method.inputs or self.half.calibration, cell.seed)
+            for level in LEVELS:
+                with self.set(method, (level, level), values):
+                    tried.append({"scale": [level, level], "information": information(answers())})
+            best = max(tried, key=lambda t: t["information"])["scale"]  # of equals the smallest
+            scale = (best[0], best[1])
         if cell.at == "best":  # the density at weights of 1, then the weights at that density; the first of equals
             if method.densities:
                 known = {d: look({"density": d}, scale) for d in method.densities}
@@ -291,6 +299,7 @@ class Site:
 
 def key(half: Half, cell: Cell) -> str:
     """Of all that a cell's result depends on beside its name: the method's definition and the half's settings."""
-    fields = {k: v for k, v in half.fields.items() if k not in ("final", "reserves", "development")}
-    told = [dataclasses.asdict(cell.method), fields, half.calibration, half.few]
+    fields = {k: v for k, v in half.fields.items() if k not in ("final", "reserves", "development", "first")}
+    told: list[Any] = [dataclasses.asdict(cell.method), fields, half.calibration, half.few]
+    told += [COEFFICIENTS] if cell.at == "best" else [LEVELS] if cell.at == "free" else []
     return hashlib.sha256(repr(told).encode()).hexdigest()[:12]

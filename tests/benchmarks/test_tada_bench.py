@@ -94,8 +94,10 @@ def test_the_committed_plan(tada, half):
             )
     locks = [g.name for g in plan.groups(found)]
     assert len(locks) == len(set(locks)), "two groups share a lock"
-    tuned = {c.pair for g in plan.groups(found) if g.part == "develop" for c in g.cells}
-    assert tuned == set(found.pairs("development"))
+    tuned = {
+        part: {c.pair for g in plan.groups(found) if g.part == part for c in g.cells} for part in ("develop", "tried")
+    }
+    assert tuned["develop"] == set(found.pairs("development")) >= tuned["tried"]
 
 
 def test_cells_are_right_resumed_and_failures_stay_alone(small, tmp_path, monkeypatch, capsys):
@@ -119,8 +121,8 @@ def test_cells_are_right_resumed_and_failures_stay_alone(small, tmp_path, monkey
     cells = work(small, out, *words)
     said = capsys.readouterr().out
     assert said.count("FAILED: no such luck") == 2 and said.count("FAILED") == 2
-    # 2 pairs: 3 alone, 2 designs at ones and best, 3 baselines three times less one, 3 learned
-    assert len(cells) == 2 * (3 + 4 + 9 - 1 + 3)
+    # 2 pairs: 3 alone, 2 designs at ones, free and best, 3 baselines four times less one, 3 learned
+    assert len(cells) == 2 * (3 + 6 + 12 - 1 + 3)
     folder = out / "adapters/vision/r2/s0"
     half = small.plan.load("vision")
     site = small.work.Site(half, out, "cpu")
@@ -136,16 +138,26 @@ def test_cells_are_right_resumed_and_failures_stay_alone(small, tmp_path, monkey
         with torch.no_grad(), live.compose(Weights(dict(zip(bank.names, scale, strict=True)))):
             want = "".join("01"[r] for r in site.inner.answers("b", "test"))
         assert cells[f"a-on-b-s0-r2-{name}"]["correct"] == want
-    live.remove()
+    sample = small.site_text.sample
     best = cells["a-on-b-s0-r2-ties-best"]
     assert best["validation"] == max(t["validation"] for t in best["tried"] if t["density"] == best["density"])
     assert len(best["tried"]) == 3 + len(small.designs.COEFFICIENTS) - 1
+    free = cells["a-on-b-s0-r2-linear-free"]
+    seen = {t["scale"][0]: t["information"] for t in free["tried"]}
+    chosen = sample(site.inner.sets["b"].rows("train"), half.calibration, 0)
+    for level in seen:
+        with torch.no_grad(), live.compose(Weights(dict.fromkeys(bank.names, level))):
+            p = site.inner.classifier(site.inner.sets["b"].load(chosen)).softmax(1)
+        mean = p.mean(0)
+        assert seen[level] == pytest.approx(float((p * (p.log() - mean.log())).sum(1).mean()), rel=1e-3, abs=1e-7)
+    assert list(seen) == sorted(seen) and free["scale"] == [max(seen, key=seen.get)] * 2
+    live.remove()
     ours = cells["a-on-b-s0-r2-activations-ones"]
     assert ours["conflicts"]["components"] > 0 and len(ours["slope"]) == 4 and len(ours["domain_share"]) == 3
     before = {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/*.json")}
     asked.clear()
     monkeypatch.setattr(small.work.Site, "cell", lambda s, c: (asked.append(c.name), real(s, c))[1])
-    assert len(work(small, out, *words)) == 2 * (3 + 4 + 9 + 3)
+    assert len(work(small, out, *words)) == 2 * (3 + 6 + 12 + 3)
     assert asked == ["a-on-b-s0-r2-pico-even", "b-on-a-s0-r2-pico-even"]
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert work(small, tmp_path / "late", until=-1) == {}

@@ -179,3 +179,35 @@ def test_another_base_is_refused(run, world, tmp_path):
     other = tiny.save_model(tmp_path / "other", seed=5)
     run("-o", tmp_path / "x", "--model", other).refused("but the loaded model is", "fingerprints")
     assert run("-o", tmp_path / "x", "--model", other, "--assume-same-base").code == 0
+
+
+def test_the_level_is_chosen_without_labels(run, world, texts, tmp_path):
+    """--level auto: the weights written are the gates times the level that the library chooses on the same texts."""
+    task = world.tasks / "spam.yaml"
+    ran = run("-o", tmp_path / "a", "--level", "auto", "--task", task, "--json", "--save-weights", tmp_path / "w.json")
+    assert ran.code == 0, ran
+    found = json.loads(ran.out)["level"]
+    plain = run("-o", tmp_path / "b", "--save-weights", tmp_path / "plain.json")
+    assert plain.code == 0 and "chosen without labels" not in plain.out
+    got, gates = Weights.load(tmp_path / "w.json"), Weights.load(tmp_path / "plain.json")
+    bank = Bank.load([world.bank / "spam", world.bank / "weather"])
+    assert [level for level, _ in found["tried"]] == sorted(level for level, _ in found["tried"])
+    assert found["level"] == max(found["tried"], key=lambda pair: pair[1])[0] and got.explain["level"] == found["level"]
+    for m in bank.modules:
+        assert got.of("spam", m) == pytest.approx(found["level"] * gates.of("spam", m), rel=1e-6)
+    assert Adapter.load(tmp_path / "a").provenance["merge"]["weights_source"] == "probed"
+    said = run("-o", tmp_path / "c", "--level", "auto", "--task", task).out
+    assert f"level {found['level']:g} of all weights, chosen without labels" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--level", "high"], "--level 'high' is not known"),
+        (["--level", "auto"], "give its file with --task"),
+        (["--task", "spam.yaml"], "--task is for --level auto"),
+    ],
+)
+def test_a_level_that_cannot_be_chosen_is_said(run, tmp_path, options, said):
+    ran = run("-o", tmp_path / "a", *options)
+    assert ran.code == 1 and said in ran.err and not (tmp_path / "a").exists()

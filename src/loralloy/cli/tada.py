@@ -13,7 +13,6 @@ from .common import DtypeOption, Json, OptionalPath, SameBase, load_model, parse
 
 if TYPE_CHECKING:
     from ..weighting.gating import Gate
-    from ..weighting.tada import Outcome
 
 PROBE, GATE, MERGE = "Probe", "Gate", "Merge"
 
@@ -60,6 +59,17 @@ def tada(
     scale: Annotated[
         str, typer.Option(help='Mean weight of each adapter, such as "1,0.5"; else 1.', rich_help_panel=GATE)
     ] = "",
+    level: Annotated[
+        str,
+        typer.Option(
+            help="auto: the strength of all weights at which the answers to the texts say most (needs --task).",
+            rich_help_panel=GATE,
+        ),
+    ] = "",
+    task: Annotated[
+        OptionalPath,
+        typer.Option(help="Task file whose prompt and labels --level auto asks with.", rich_help_panel=GATE),
+    ] = None,
     rule: Annotated[str, typer.Option(help="Any rule of `loralloy rules`.", rich_help_panel=MERGE)] = "tada",
     conflict: Annotated[
         Optional[str],  # noqa: UP045
@@ -103,14 +113,17 @@ def tada(
     from ..recipe.job import check_out
     from ..weighting.gate_view import check_picture, draw
     from ..weighting.general_texts import GENERAL
+    from ..weighting.levels import LEVELS, text_answers
     from ..weighting.probed import text_batches
     from ..weighting.tada import compose
+    from .tada_report import describe, show
 
     chosen, bound = (
         _gate(gate, reference, temperature, smooth, standardise, by, form, scale, seed),
         _rule(rule, conflict, threshold),
     )
     wanted = parse_rank(rank)
+    asked = _asked(level, task)
     check_out(out.absolute(), overwrite)
     if plot is not None:
         check_picture(plot, overwrite)
@@ -120,6 +133,7 @@ def tada(
         raise LoralloyError("one adapter is nothing to gate; give the task's adapter and at least one of the domain")
     Bank.load(adapters, assume_same_base)  # what is wrong with them is said before the model is loaded
     texts = draw_texts(calibration, column, inputs, seed)
+    prompts = [asked.scaffold(text) for text in texts] if asked is not None else []
     plain = list(GENERAL[:]) if general is None else draw_texts(general, column, inputs, seed)
     start = time.perf_counter()
     loaded, tokenizer, base = load_model(model, model_dtype)
@@ -130,11 +144,13 @@ def tada(
 
     with progress() as bar:
         probing = bar.add_task("probe", total=len(texts) + (len(plain) if chosen.needs_general else 0))
+        leveling = bar.add_task("level", total=len(LEVELS)) if asked is not None else None
         merging = bar.add_task(bound.name, total=None)
         outcome = compose(
             adapters, loaded, batches(texts), out, general=batches(plain), gate=chosen, rule=bound, rank=wanted, dtype=dtype,
-            base=base, assume_same_base=assume_same_base, overwrite=overwrite,
-            on_inputs=lambda n: bar.advance(probing, n), on_module=lambda _: bar.advance(merging),
+            answers=text_answers(loaded, tokenizer, prompts, [asked.labels] * len(prompts), batch_size) if asked else None,
+            base=base, assume_same_base=assume_same_base, overwrite=overwrite, on_inputs=lambda n: bar.advance(probing, n),
+            on_level=lambda: bar.advance(leveling) if leveling is not None else None, on_module=lambda _: bar.advance(merging),
         )  # fmt: skip
     if save_weights is not None:
         outcome.weights.save(save_weights, overwrite)
@@ -146,7 +162,7 @@ def tada(
     if json:
         stdout.print_json(data=data)
         return
-    _print(outcome, data, stdout)
+    show(outcome, data, stdout)
     for path in written:
         stdout.print(f"wrote {path}", markup=False, soft_wrap=True)
 
@@ -170,6 +186,26 @@ def _gate(
         raise LoralloyError(f'--scale {scale!r} is not a list of numbers; write --scale "1,0.5"')
     choices: Any = (kind, reference, temperature, smooth, standardise, by, form, tuple(scales), seed)
     return Gate(*choices)
+
+
+def _asked(level: str, task: Path | None) -> Any:
+    """The task that --level auto asks with, or None."""
+    from ..tasks.task import Task
+
+    if level not in ("", "auto"):
+        raise LoralloyError(f"--level {level!r} is not known; write --level auto, or give the strength with --scale")
+    if not level and task is not None:
+        raise LoralloyError("--task is for --level auto; add it, or leave --task out")
+    if not level:
+        return None
+    if task is None:
+        raise LoralloyError("--level auto asks the texts in the task's words; give its file with --task task.yaml")
+    found = Task.load(task)
+    if len(found.labels or ()) < 2:
+        raise LoralloyError(
+            f"{task}: the task has no labels, so its answers cannot be compared; give the strength with --scale"
+        )
+    return found
 
 
 def _rule(name: str, conflict: str | None, threshold: float | None) -> Any:
@@ -201,68 +237,3 @@ def draw_texts(path: Path, column: str, count: int, seed: int) -> list[str]:
     if not texts:
         raise LoralloyError(f"{path} has no text; give the domain's texts, one a row")
     return list(texts) if len(texts) <= count else random.Random(seed).sample(list(texts), count)
-
-
-def describe(outcome: Outcome, gate: Gate, rule: str) -> dict[str, Any]:
-    """Everything that is printed, as plain data."""
-    from dataclasses import asdict
-
-    from ..weighting.gate_view import by_projection
-    from ..weighting.tada import Conflicts, by_layer
-
-    report = outcome.merged.report
-    return {
-        "adapters": outcome.weights.names,
-        "inputs": outcome.readings.inputs,
-        "tokens": round(float(outcome.readings.tokens.max(1).sum())),
-        "gate": gate.to_dict(),
-        "gates": by_projection(outcome.weights, outcome.readings.modules),
-        "depth": {name: asdict(found) for name, found in outcome.depth.items()},
-        "rule": rule,
-        "rank": outcome.merged.adapter.max_rank,
-        "conflicts": {
-            "all": Conflicts.join(outcome.conflicts.values()).to_dict(),
-            "layers": {str(layer): found.to_dict() for layer, found in by_layer(outcome.conflicts).items()},
-        } if outcome.conflicts else None,
-        "error": {"before_cast": report.error_before_cast, "stored": report.error, "cut": report.cut},
-        "seconds": dict(outcome.seconds),
-        "notes": list(outcome.notes),
-    }  # fmt: skip
-
-
-def _print(outcome: Outcome, data: dict[str, Any], stdout: Any) -> None:
-    from rich.table import Table
-
-    from ..weighting.gate_view import table
-
-    def line(text: str) -> None:
-        stdout.print(text, markup=False, soft_wrap=True)
-
-    names = data["adapters"]
-    line(f"gates of {', '.join(names)} from {data['inputs']} inputs ({data['tokens']} tokens)")
-    stdout.print(table(outcome.weights, outcome.readings.modules))
-    for name, d in data["depth"].items():
-        line(
-            f"log odds of {name} against {names[0]}, last layer less first: {d['slope']:+.3f} "
-            f"(95 % interval over inputs {d['low']:+.3f} to {d['high']:+.3f}); halves of the inputs agree to {d['agreement']:.2f}"
-        )
-    line(f"rule {data['rule']}, rank {data['rank']}")
-    if data["conflicts"]:
-        made = Table(box=None, pad_edge=False)
-        for title in ("layer", "components", "discarded", "directions cleared", "share of the sum removed"):
-            made.add_column(title, justify="left" if title == "layer" else "right")
-        rows = [*data["conflicts"]["layers"].items(), ("all", data["conflicts"]["all"])]
-        for layer, found in rows:
-            counts = (
-                " + ".join(str(found[key].get(n, 0)) for n in names) for key in ("components", "dropped", "cleared")
-            )
-            made.add_row(layer, *counts, f"{found['removed']:.3f}")
-        stdout.print(made)
-    error = data["error"]
-    line(
-        f"relative error of dW against the exact gated sum: {error['before_cast']:.2e} before the cast, {error['stored']:.2e} as "
-        f"stored; of it, the cut to rank {data['rank']} lost {error['cut']:.2e} of the rule's own result"
-    )
-    line("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in data["seconds"].items()))
-    for note in data["notes"]:
-        line(f"note: {note}")

@@ -25,7 +25,9 @@ from ..merging.tada import RULE, Found, watched
 from ..recipe import Recipe
 from ..recipe.job import Job, check_out
 from ..weights import Weights
+from .candidates import Candidates
 from .gating import Depth, Gate, depth_slope
+from .levels import LEVELS, Answers, Level, choose_level
 from .probed import Batch, Readings, probe
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ class Outcome:
         depth: for every adapter but the first, how its log odds against the first change with depth (no interval where the
             gate reads no probe).
         conflicts: what the rule discarded, by module; empty for another rule than `tada`.
-        seconds: of the probe, the gates and the merge with its writing.
+        seconds: of the probe, the gates, the level and the merge with its writing.
+        level: how strong the merge is, where that was chosen.
         notes: what a reader would not expect.
     """
 
@@ -54,6 +57,7 @@ class Outcome:
     depth: Mapping[str, Depth]
     conflicts: Mapping[str, Conflicts]
     seconds: Mapping[str, float]
+    level: Level | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -111,12 +115,15 @@ def compose(
     gate: Gate | None = None,
     rule: Rule = RULE,
     judge: Literal["weights", "activations"] = "weights",
+    answers: Answers | None = None,
+    levels: Sequence[float] = LEVELS,
     rank: int | str | None = None,
     dtype: str | None = None,
     base: BaseRef | None = None,
     assume_same_base: bool = False,
     overwrite: bool = False,
     on_inputs: Callable[[int], None] | None = None,
+    on_level: Callable[[], None] | None = None,
     on_module: Callable[[str], None] | None = None,
 ) -> Outcome:
     """A task adapter and domain adapters in, one standard adapter out; nothing is trained.
@@ -133,11 +140,13 @@ def compose(
         judge: what conflicts of `tada` are judged on: dW, or what it answers to the calibration inputs (see
             :func:`loralloy.merging.tada.resolve`), which no recipe can repeat: `out` must be None then, and
             ``merged.adapter`` be saved.
+        answers: the model's answers to unlabelled inputs, by which the level of all weights is chosen from `levels` (ours; see
+            :func:`.levels.choose_level`); None leaves the gate's.
         rank: of the result; None for the rule's own (`tada`: the largest parent's).
         dtype: "fp16", "bf16", "fp32" or None for the adapters'.
         base: what the model is, where known; checked against the adapters'.
         assume_same_base, overwrite: as :func:`loralloy.merge`.
-        on_inputs, on_module: progress.
+        on_inputs, on_level, on_module: progress.
 
     Raises LoralloyError for fewer than two adapters, another base model, and what the probe, the gate and the merge raise.
     """
@@ -169,6 +178,11 @@ def compose(
         if adapter and measured
     }
     gated = clock()
+    level = None
+    if answers is not None:
+        level = _level(model, bank, rule, rank, weights, answers, levels, base, on_level)
+        weights = level.weights
+    leveled = clock()
     device = next(model.parameters()).device
     settings = {
         "assume_same_base": assume_same_base, "rule": {"name": rule.name, **rule.values}, "rank": rank, "dtype": dtype,
@@ -178,13 +192,34 @@ def compose(
     seen: list[Found] = []
     job = replace(job, given=weights, weights=weights)
     if rule.name == RULE.name:
-        answers = in_order(job.plan(), readings) if on_activations else None
-        job = replace(job, rule=watched(job.rule, seen, answers))
+        moments = in_order(job.plan(), readings) if on_activations else None
+        job = replace(job, rule=watched(job.rule, seen, moments))
     merged = job.merge(out, overwrite, on_module)
-    seconds = {"probe": probed - start, "gates": gated - probed, "merge": clock() - gated}
+    seconds = {"probe": probed - start, "gates": gated - probed, "merge": clock() - leveled}
+    if level is not None:
+        seconds["level"] = leveled - gated
     notes = [f"{len(of)} modules were not probed ({why})" for why, of in _reasons(readings).items()]
     notes += [*job.notes(), *merged.report.notes]
-    return Outcome(merged, weights, readings, reference, depth, _conflicts(job, seen), seconds, tuple(notes))
+    return Outcome(merged, weights, readings, reference, depth, _conflicts(job, seen), seconds, level, tuple(notes))
+
+
+def _level(
+    model: nn.Module,
+    bank: Bank,
+    rule: Rule,
+    rank: int | str | None,
+    weights: Weights,
+    answers: Answers,
+    levels: Sequence[float],
+    base: BaseRef | None,
+    on_level: Callable[[], None] | None,
+) -> Level:
+    """Conflicts are judged on dW here, also where the merge judges them on activations."""
+    held = Candidates(model, bank, rule, None, rank or rule.default_rank, base=base)  # type: ignore[arg-type]
+    try:
+        return choose_level(held, weights, answers, levels, on_level)
+    finally:
+        held.remove()
 
 
 def in_order(plan: Plan, readings: Readings) -> list[Tensor]:
