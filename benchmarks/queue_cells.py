@@ -2,7 +2,11 @@
 
 A piece is done when its path is there (an adapter's folder, a cell's JSON file), and paths appear whole. A group is taken
 under a lock of the system, so that a killed process lets go of it. What fails is told, kept under OUT/errors, and tried again
-by the next call. Used by benchmarks/adaptive and benchmarks/tada.
+by the next call. What fails for lack of memory is put off: it comes back when other work is done, a few times in a call, at
+first beside what else was put off, then alone. Used by benchmarks/adaptive and benchmarks/tada.
+
+Processes of one GPU take turns on it unless NVIDIA's MPS serves them (`nvidia-cuda-mps-control -d`, before the first; `echo quit |
+nvidia-cuda-mps-control` at the end): beside 15 others, a learned cell of benchmarks/adaptive took 7.4 s without, 2.9 s with it.
 """
 
 from __future__ import annotations
@@ -47,6 +51,9 @@ class Queue:
     time.time() has it), and the name of the call that all its processes share.
     """
 
+    comebacks = 4  # of what was put off
+    pause = 10.0  # seconds that it stays away; longer each time
+
     def __init__(self, out: Path, number: int, deadline: float, call: str) -> None:
         self.out, self.number, self.deadline, self.call = out, number, deadline, call
         self.makes: set[Path] = set()  # what this call makes
@@ -86,57 +93,97 @@ class Queue:
         """After running out of memory: ask for less of it the next time. False where that is not possible."""
         return False
 
+    def idle(self) -> None:
+        """There is nothing to do at the moment: let go of memory that others may need."""
+
     # -- how it is done ------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         queue = list(self.queue())
         self.makes = {piece.path for group in queue for piece in self.pieces(group)}
+        idle = False
         while time.time() < self.deadline:
             queue = [group for group in queue if not self.finished(group)]
-            waiting = moved = False
-            for group in queue:
-                state = self.take(group)
-                if state == "worked":
-                    moved = True
-                    break  # from the start again: what was not ready may be now
-                waiting = waiting or state == "busy"
-            if not moved and not waiting:
+            found = self.through(queue)  # from the start each time: what was not ready may be now
+            if "later" in found and not found & {"worked", "busy"}:
+                found = (found - {"later"}) | self.come_back(queue, 1 if "again" in found else self.comebacks)
+            if not found & {"worked", "busy", "again", "later"}:
                 break
-            if not moved:
+            if "worked" not in found:
+                if not idle:
+                    self.idle()
                 time.sleep(0.5)
+            idle = "worked" not in found
         return 0
+
+    def through(self, queue: Sequence[Any], most: int = 0) -> set[str]:
+        """What `take` says of the groups, up to the first that it worked on."""
+        found: set[str] = set()
+        for group in queue:
+            found.add(self.take(group, most))
+            if "worked" in found:
+                break
+        return found
+
+    def come_back(self, queue: Sequence[Any], most: int) -> set[str]:
+        """Try what was put off, the least often first."""
+        found: set[str] = set()
+        for count in range(1, most + 1):
+            found = self.through(queue, count)
+            if "worked" in found:
+                break
+        return found
 
     def error(self, piece: Piece) -> Path:
         return self.out / "errors" / f"{self.call}-{piece.error.replace('/', '-')}.txt"
+
+    def put_off(self, piece: Piece) -> tuple[int, float]:
+        """How often it has run out of memory in this call, and the seconds since the last time."""
+        try:
+            path = self._later(piece)
+            return int(path.read_text(encoding="utf-8").split(maxsplit=1)[0]), time.time() - path.stat().st_mtime
+        except FileNotFoundError:
+            return 0, 0.0
+
+    def _later(self, piece: Piece) -> Path:
+        return self.error(piece).with_suffix(".later")
 
     def finished(self, group: Any) -> bool:
         """Whether all of it is there, or has failed in this call."""
         return all(piece.path.exists() or self.error(piece).exists() for piece in self.pieces(group))
 
-    def take(self, group: Any) -> str:
-        """What became of a group: "worked", "busy" (another process has it, or what it needs is being made), or "stuck"
-        (what it needs is not made by this call, or has failed)."""
+    def take(self, group: Any, most: int = 0) -> str:
+        """What became of a group, of whose pieces those that were put off at most so many times are tried: "worked";
+        "busy" (another process has it) or "again" (has it, and some of it was put off); "later" (all that is left was put
+        off); "waits" (what it needs is being made or was put off); "stuck" (what it needs is not made by this call, or has
+        failed, or the group cannot be opened)."""
         missing = [piece for piece in self.needs(group) if not piece.path.exists()]
         if missing:
             comes = all(piece.path in self.makes and not self.error(piece).exists() for piece in missing)
-            return "busy" if comes else "stuck"
+            return "waits" if comes else "stuck"
         with lock(self.out / "locks" / self.lock_name(group), wait=False) as held:
+            left = [p for p in self.pieces(group) if not p.path.exists() and not self.error(p).exists()]
+            times = {p.path: self.put_off(p) for p in left}
             if not held:
-                return "busy"
-            if not self.opened(group):
+                return "again" if any(count for count, _ in times.values()) else "busy"
+            now = [p for p in left if _due(*times[p.path], most, self.pause)]
+            if left and not now:
+                return "later"
+            if left and not self.opened(group):
                 return "stuck"
-            for piece in self.pieces(group):
-                if not piece.path.exists():
-                    self.attempt(group, piece)
+            for piece in now:
+                self.attempt(group, piece)
             return "worked"
 
     def attempt(self, group: Any, piece: Piece) -> None:
-        """Do it; out of memory is tried once more, in a while, with less. What fails is told and kept."""
-        if time.time() >= self.deadline or self.error(piece).exists():
+        """Do it; out of memory is tried once more, in a while, with less, and then put off. What fails is told and kept."""
+        if time.time() >= self.deadline:
             return
+        later = self._later(piece)
         for retry in (False, True):
             try:
                 said = self.work(group, piece)
+                later.unlink(missing_ok=True)
                 if said:
                     self.say(f"{self.label(group)} {piece.name}: {said}")
                 return
@@ -147,13 +194,19 @@ class Queue:
                 said = str(error)
                 full = type(error).__name__ == "OutOfMemoryError" or any(words in said for words in _NO_MEMORY)
                 if full and not retry and self.smaller(group):
-                    time.sleep(5)
+                    time.sleep(min(5.0, self.pause))
                     continue
                 first = said.splitlines()[0] if said else type(error).__name__
-                self.say(f"{self.label(group)} {piece.name}: FAILED: {first}")
+                count = self.put_off(piece)[0] + 1
                 path = self.error(piece)
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if full and count <= self.comebacks:
+                    self.say(f"{self.label(group)} {piece.name}: put off: {first}")
+                    atomic_file(later, f"{count} {traceback.format_exc()}")
+                    return
+                self.say(f"{self.label(group)} {piece.name}: FAILED: {first}")
                 path.write_text(traceback.format_exc(), encoding="utf-8")
+                later.unlink(missing_ok=True)
                 if "CUDA error" in said and not full:  # this process can do nothing on the device any more
                     raise SystemExit(1) from None
                 return
@@ -162,6 +215,11 @@ class Queue:
         left = self.deadline - time.time()
         clock = f"{left:6.0f} s left " if left < 1e8 else ""
         print(f"{clock}[{self.number}] {text}", flush=True)
+
+
+def _due(count: int, since: float, most: int, pause: float) -> bool:
+    """Whether a piece may be tried: never put off, or at most so often, and long enough ago."""
+    return count == 0 or (count <= most and since >= count * pause)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -217,9 +275,10 @@ def launch(
     if options.pack:
         pack(options.out, options.pack, folders)
     cells = sum(1 for _ in (options.out / "cells").glob("*/*.json"))
-    errors = len(list((options.out / "errors").glob(f"{run}-*")))
+    errors, later = (len(list((options.out / "errors").glob(f"{run}-*.{kind}"))) for kind in ("txt", "later"))
+    put_off = f", {later} put off for lack of memory" if later else ""
     print(
-        f"{time.time() - began:.0f} s, {cells} cells; {left()} groups of work left, {errors} errors in this call",
+        f"{time.time() - began:.0f} s, {cells} cells; {left()} groups of work left, {errors} errors in this call{put_off}",
         flush=True,
     )
     return max(abs(code) for code in codes)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from plan import CHOSEN, GRAINS, SIZES
+from cells import CHOSEN, GRAINS, SIZES
 from results import Cells, Mean, difference, final, high, interval, low, percent
 from streams import QUANTITIES, growth_rows, line, measured
 from tables import OF_HEAD, WORDS, Bench, against_alpha_0, against_best, title
@@ -12,6 +13,7 @@ from tables import OF_HEAD, WORDS, Bench, against_alpha_0, against_best, title
 MARGIN = 0.02  # of "not worse than the best fixed weight"
 NEAR = {"text": 0.05, "images": 0.10}  # of joint training
 FORGET = 0.05
+COLLAPSE = 0.10  # below the best weight
 
 
 def verdicts(b: Bench, kind: str, growing: dict[str, Cells]) -> list[tuple[str, str, str]]:
@@ -19,6 +21,24 @@ def verdicts(b: Bench, kind: str, growing: dict[str, Cells]) -> list[tuple[str, 
     found = [better(b), within(b), near_joint(b, kind), forgetting(b), falls(b), *finer(b)]
     found += [grows(name, cells) for name, cells in growing.items() if cells.rows]
     return [f for f in found if f is not None]
+
+
+def judged(mean: Mean, bar: float = 0.0) -> str:
+    """Whether a figure is above `bar`: "met" where its 95 % interval is, "missed" where that is below, else "not shown"."""
+    if mean.n > 1 and low(mean) > bar:
+        return "met"
+    return "missed" if mean.n > 1 and high(mean) < bar else "not shown"
+
+
+def held(mean: Mean, bar: float) -> str:
+    """Whether a margin is kept: "met" where the 95 % interval does, "missed" where the mean does not, else "not shown"."""
+    return "missed" if mean.value < bar else "met" if mean.n > 1 and low(mean) >= bar else "not shown"
+
+
+def counted(states: Sequence[str]) -> str:
+    """ "met" if all are; else how many of each."""
+    met, unsure, missed = (list(states).count(s) for s in ("met", "not shown", "missed"))
+    return "met" if met == len(states) else f"met in {met}, not shown in {unsure}, missed in {missed} of {len(states)}"
 
 
 def better(b: Bench) -> tuple[str, str, str] | None:
@@ -31,14 +51,17 @@ def better(b: Bench) -> tuple[str, str, str] | None:
         seeds: dict[int, list[float]] = {}
         for _, space, m, _ in (r for r in rows if r[0] == rule):
             fixed = b.fixed(rule, space, (1 + m) / 4)
-            for seed, value in b.learned(rule, space, m).items():
+            for seed, value in b.drawn(rule, space, m).items():
                 if seed in fixed:
                     seeds.setdefault(seed, []).append(value - fixed[seed])
         mean = Mean.of([sum(v) / len(v) for v in seeds.values()])
         said.append(f"{rule}: {interval(mean)}")
-        verdict.append(f"{rule}: {'met' if mean.n > 1 and low(mean) > 0 else 'missed'}")
-    up, down = (sum(r[3].n > 1 and test(r[3]) for r in rows) for test in (lambda d: low(d) > 0, lambda d: high(d) < 0))
-    said.append(f"of {len(rows)} pairs of rule, space and b_max {up} are better, {down} worse, at 95 %")
+        verdict.append(f"{rule}: {judged(mean)}")
+    states = [judged(r[3]) for r in rows]
+    up, down, unsure = (states.count(s) for s in ("met", "missed", "not shown"))
+    said.append(
+        f"of {len(rows)} triples of rule, space and b_max {up} are better and {down} worse at 95 %, {unsure} neither"
+    )
     return (
         "learned coefficients against fixed W = alpha_0, one row a class: better",
         "; ".join(said),
@@ -51,18 +74,22 @@ def within(b: Bench) -> tuple[str, str, str] | None:
     if not rows:
         return None
     asked = [r for r in rows if r[4]]
-    bad = [r for r in asked if low(r[5]) < -MARGIN]
+    states = [held(r[5], -MARGIN) for r in asked]
     out = [r for r in rows if not r[4]]
-    said = f"{len(asked) - len(bad)} of {len(asked)} pairs whose range holds the best W are within 2 points"
-    if bad:
-        said += "; not: " + ", ".join(f"{title(r[0], r[1])} b_max {r[2]:g} {interval(r[5])}" for r in bad)
+    said = f"{states.count('met')} of {len(asked)} triples of rule, space and b_max whose range holds the best W "
+    said += "are within 2 points"
+    ways = (("missed", "missed (the mean is not)"), ("not shown", "not shown (the mean is, the interval is not)"))
+    for state, words in ways:
+        these = [r for r, s in zip(asked, states, strict=True) if s == state]
+        told = ", ".join(f"{title(r[0], r[1])} b_max {r[2]:g} {interval(r[5])}" for r in these)
+        said += f"; {words}: {told}" if these else ""
     if out:
         said += "; excluded (the best W is not below b_max): " + ", ".join(
             f"{title(r[0], r[1])} b_max {r[2]:g}" for r in out
         )
-    state = "met" if asked else "not tested: every range excludes the best W"
+    state = counted(states) if asked else "not tested: every range excludes the best W"
     text = "not worse than the best fixed W in hindsight by more than 2 points (95 %)"
-    return text, said, f"missed in {len(bad)}" if bad else state
+    return text, said, state
 
 
 def near_joint(b: Bench, kind: str) -> tuple[str, str, str] | None:
@@ -89,12 +116,14 @@ def near_joint(b: Bench, kind: str) -> tuple[str, str, str] | None:
                 f"({OF_HEAD[rival]})"
             )
             if rival == strongest:
-                gaps.append((choice[1], gap.value, head))
+                gaps.append((choice[1], head, gap))
     if not gaps:
         return None
-    _, points, head = max(gaps)
+    _, head, gap = max(gaps, key=lambda found: found[0])
     limit = NEAR[kind]
-    state = "met" if points > -limit else f"missed by {100 * (-limit - points):.1f} points"
+    state = {"met": "met", "not shown": "met on average, not shown at 95 %"}.get(
+        held(gap, -limit), f"missed by {100 * (-limit - gap.value):.1f} points"
+    )
     text = "best adaptive configuration (with its head chosen on validation rows) within "
     text += f"{100 * limit:.0f} points of joint training"
     return text, "; ".join(said), f"{state} ({OF_HEAD[head]}, against joint training with {OF_HEAD[strongest]})"
@@ -107,15 +136,8 @@ def forgetting(b: Bench) -> tuple[str, str, str] | None:
         return None
     said = "; ".join(f"{k[0]}{', ' + title(k[1], k[2]) if k[1] else ''}: {percent(v)}" for k, v in found.items())
     worst = max(ours.values(), key=lambda v: v.value)
-    best = min(ours.values(), key=lambda v: v.value)
-    state = (
-        "met"
-        if worst.value < FORGET
-        else f"met by some (worst {percent(worst)})"
-        if best.value < FORGET
-        else f"missed by {100 * (best.value - FORGET):.1f} points"
-    )
-    return "forgetting below 5 points", said, state
+    state = counted([held(Mean(-v.value, v.deviation, v.half, v.n), -FORGET) for v in ours.values()])
+    return "forgetting below 5 points", said, state if state == "met" else f"{state} (worst {percent(worst)})"
 
 
 def falls(b: Bench) -> tuple[str, str, str] | None:
@@ -133,17 +155,19 @@ def falls(b: Bench) -> tuple[str, str, str] | None:
             if "cross_over_sum" in row
         ]
         told = f", cross terms {sum(cross) / len(cross):.2f} of the sum's norm" if cross else ""
-        rows.append((rule, space, top.value - max(three.value, five.value)))
+        large = max((3.0, three), (5.0, five), key=lambda found: found[1].value)[0]
+        rows.append((rule, space, difference(b.fixed(rule, space, best), b.fixed(rule, space, large))))
         at = f"W=1 {percent(one)}, W=3 {percent(three)}, W=5 {percent(five)}"
         shown.append(f"{title(rule, space)}: best {percent(top)} at W={best:g}, {at}{told}")
     if not rows:
         return None
     lost = {r[:2]: r[2] for r in rows}
-    drop = lost.get(("linear", "factors"), math.nan)
+    drop = lost.get(("linear", "factors"), Mean.of([]))
+    state = "shown" if judged(drop, COLLAPSE) == "met" else "not shown"
     return (
         "collapse of wrong fixed weights (factors space, W = 3, 5)",
         "; ".join(shown),
-        f"{'shown' if drop > 0.1 else 'not shown'} (task arithmetic loses {100 * drop:.1f} points)",
+        f"{state} (task arithmetic loses {interval(drop).replace('+', '')} points)",
     )
 
 
@@ -162,9 +186,9 @@ def finer(b: Bench) -> list[tuple[str, str, str]]:
             sure = [k for k, d in diffs if d.n > 1 and low(d) > 0]
             ahead = [k for k, d in diffs if all(e.value > 0 for j, e in diffs if j >= k)]
             if diffs:
-                average = f"from {ahead[0]} a class on" if ahead else "at no size"
+                average = f"on average from {ahead[0]} a class on" if ahead else "at no size on average"
                 surely = f"at {', '.join(map(str, sure))} a class" if sure else "nowhere"
-                pays[grain] = f"{grain}: {average} on average, {surely} at 95 %"
+                pays[grain] = f"{grain}: {average}, {surely} at 95 %"
         if said:
             found.append(
                 (f"where finer coefficients pay, {title(rule, space)}", "; ".join(said), "; ".join(pays.values()))

@@ -17,12 +17,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [p for p in (str(Path(__file__).resolve().parent), str(ROOT / "src")) if p not in sys.path]
 
+import checks  # noqa: E402
 import claims  # noqa: E402
 import streams  # noqa: E402
 import tables  # noqa: E402
 import wording  # noqa: E402
+from cells import GRID, cell_name  # noqa: E402
 from figures import draw  # noqa: E402
-from plan import BENCHES, GRID  # noqa: E402
+from plan import BENCHES  # noqa: E402
 from results import Cells  # noqa: E402
 
 from loralloy.atomic import atomic_file  # noqa: E402
@@ -57,11 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read(page: str, cells: Path, data: Path | None) -> dict[str, Cells]:
-    """The cells of a page's benches: from their files, or from what an earlier report kept of them."""
+    """The cells of a page's benches: from their files, or from what an earlier report kept of them.
+
+    Of the files, those that the plan has; in the digits that are kept, so that the page made again is the same.
+    """
     name, more = PAGES[page]
     if data is None:
-        # in the digits that are kept, so that the page made again is the same
-        return {bench: Cells(bench, Cells.load(cells, bench).compact()) for bench in (name, *more)}
+        found = {}
+        for bench in (name, *more):
+            plan = checks.planned(bench, BENCHES[bench].stream())
+            rows = [row for row in Cells.load(cells, bench).compact() if cell_name(row["cell"]) in plan]
+            found[bench] = Cells(bench, rows)
+        return found
     kept = json.loads(data.read_text(encoding="utf-8"))["cells"] if data.is_file() else {}
     return {bench: Cells(bench, kept.get(bench, [])) for bench in (name, *more)}
 
@@ -73,11 +82,13 @@ def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str,
     b = tables.Bench(found[name], tuple(stream.names), stream.orders, BENCHES[name].follow)
     kind, growing = stream.fields.kind, {bench: found[bench] for bench in more}
     devices = sorted({row["device"] for cells in growing.values() for row in cells.rows})
+    drawn = f" {said}" if (said := checks.drawn(b)) else ""
     grown = [line for cells in growing.values() for line in streams.growth(cells)]
+    poster = wording.POSTER.format(count=len(GRID), first=GRID[0], last=GRID[-1])
     parts: list[tuple[str, str, list[str]]] = [
         ("What it was to show", "", claims.verdict_lines(b, kind, growing)),
-        ("The poster's table", wording.POSTER.format(count=len(GRID), first=GRID[0], last=GRID[-1]), tables.poster(b)),
-        ("Learned against its controls", wording.CONTROLS, tables.controls(b)),
+        ("The poster's table", poster + drawn, tables.poster(b)),
+        ("Learned against its controls", wording.CONTROLS + drawn, tables.controls(b)),
         ("Other ways to the same end", wording.OTHERS, tables.others(b)),
         ("Buffer size and granularity", wording.BUFFERS.format(page=page), tables.buffers(b)),
         ("After every experience", wording.PATH, streams.path_table(b)),
@@ -85,6 +96,8 @@ def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str,
         ("Classifier heads", wording.HEADS, tables.heads(b) if kind == "images" else []),
         ("Why wrong weights collapse", wording.COLLAPSE, tables.collapse(b)),
         ("What the cut to a rank costs", wording.RANKS, tables.ranks(b)),
+        ("Rows that no adapter was trained on", wording.UNTRAINED + drawn, checks.untrained(b)),
+        ("Where the learner begins", wording.STARTS, checks.starts(b)),
         ("Growth", wording.GROWTH.format(devices=f" ({', '.join(devices)})" if devices else ""), grown),
     ]
     lines = [f"# Adaptive merging: {stream.fields.title}", "", *preamble(page, b, found), ""]
@@ -108,14 +121,16 @@ def preamble(page: str, b: tables.Bench, found: dict[str, Cells]) -> list[str]:
         if quick
         else ""
     )
+    missing = checks.unfinished(found)
+    seen = wording.SEEN if page in wording.SEEN_PAGES else wording.UNSEEN
     return [
         f"Domains: {', '.join(b.names)}. Seeds {', '.join(map(str, seeds))}: each its own adapters, head and buffer. "
         f"{len(rows)} cells; {', '.join(devices)}.",
         f"Test rows: {', '.join(f'{domain} {n}' for domain, n in tested.items())}. Training: {json.dumps(fields.train)}; model "
         f"`{Path(fields.model).name}` in {wording.JUDGED}",
-        wording.NOTHING_TUNED, said, "", "```sh", f"python benchmarks/adaptive/run.py --bench {name} --jobs 12",
+        wording.CHOSEN + seen, said, "", "```sh", f"python benchmarks/adaptive/run.py --bench {name} --jobs 12",
         *([f"python benchmarks/adaptive/run.py --bench {' '.join(more)} --jobs 1"] if more else []),
-        "python benchmarks/adaptive/report.py --write", "```",
+        "python benchmarks/adaptive/report.py --write", "```", *(["", missing] if missing else []),
     ]  # fmt: skip
 
 

@@ -11,12 +11,13 @@ from typing import Any
 from loralloy.continual.results import Mean
 
 Row = dict[str, Any]
+_ABSENT = {"draw": 0}
 _DROPPED = ("correct", "searched", "version", "bench")
 
 
 @dataclass
 class Cells:
-    """All cells of a bench. Absent settings are as in `plan.Cell`: left out."""
+    """All cells of a bench. Absent settings are as in `cells.Cell`: left out."""
 
     bench: str
     rows: list[Row]
@@ -30,12 +31,15 @@ class Cells:
         )
 
     def find(self, **settings: Any) -> list[Row]:
-        """Cells whose settings are these; None asks for a setting that is absent, and what is not named may be anything."""
+        """Cells whose settings are these; None asks for a setting that is absent, and what is not named may be anything.
+
+        A cell that says nothing of its draw is of draw 0.
+        """
         names = tuple(sorted(settings))
         if (names,) not in self._by:
             index: dict[tuple[Any, ...], list[Row]] = {}
             for row in self.rows:
-                index.setdefault((names, *(_plain(row["cell"].get(n)) for n in names)), []).append(row)
+                index.setdefault((names, *(_plain(row["cell"].get(n, _ABSENT.get(n))) for n in names)), []).append(row)
             self._by |= {(names,): [], **index}
         return self._by.get((names, *(_plain(settings[n]) for n in names)), [])
 

@@ -4,9 +4,10 @@
     python benchmarks/adaptive/run.py --bench emoji4 --list          # what there is to do, in order
     python benchmarks/adaptive/report.py --write                     # docs/results/adaptive-*
 
-Work is taken in the order of `plan.PARTS`; a process that comes to a group that another has goes on to the next. Stopped or
+Work is taken in the order of `parts.PARTS`; a process that comes to a group that another has goes on to the next. Stopped or
 killed anywhere, the same command goes on: an adapter or a cell that is there is not made again. After --until seconds
-nothing new is begun. A cell that fails is told, kept under OUT/errors, and tried again by the next call.
+nothing new is begun. A cell that fails is told, kept under OUT/errors, and tried again by the next call; one that finds no
+memory comes back at the end of this one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [p for p in (str(HERE), str(HERE.parent), str(ROOT / "src")) if p not in sys.path]
 
-from plan import BENCHES, PARTS  # noqa: E402
+from parts import PARTS  # noqa: E402
+from plan import BENCHES  # noqa: E402
 from worker import Worker, done, wanted  # noqa: E402
 
 from queue_cells import add_flags, launch, settle  # noqa: E402
@@ -37,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "--parts",
         nargs="+",
         choices=list(PARTS),
-        help="only these: " + "; ".join(f"{k}: {v[1]}" for k, v in PARTS.items()),
+        help="only these: " + "; ".join(f"{k}: {v.what}" for k, v in PARTS.items()),
     )
     add_flags(found, ".assets/adaptive")
     return found

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from plan import Cell
+from cells import Cell
 
 from loralloy.bank import Bank
 from loralloy.continual.buffer import BufferRow
@@ -17,6 +17,8 @@ from loralloy.weights import Weights
 
 if TYPE_CHECKING:
     from work import Site
+
+    from loralloy.weighting.learned import LearnConfig
 
 
 def coefficients(
@@ -47,14 +49,12 @@ def coefficients(
         )  # fmt: skip
         return found.weights, {"evaluations": len(found.history)}
     from loralloy.weighting.adamerging import CONFIG, adamerging
-    from loralloy.weighting.learned import LearnConfig, learn
+    from loralloy.weighting.learned import learn
 
     entropy = cell.how == "entropy"
     # prototypes are made of all rows at every call: in one part, they are made once a step
     at_once = len(rows) if cell.head == "prototypes" else site.bench.rows_at_once
-    config = dataclasses.replace(
-        CONFIG if entropy else LearnConfig(start=cell.start or "scale"), seed=cell.seed, rows_at_once=max(1, at_once)
-    )
+    config = dataclasses.replace(CONFIG if entropy else begun(cell, live), seed=cell.seed, rows_at_once=max(1, at_once))
     if site.bench.few is not None:
         config = dataclasses.replace(config, steps=site.bench.few, scales=(0.3, 0.75))
     objective = workshop.objective(rows, "entropy" if entropy else "answer")
@@ -68,6 +68,29 @@ def coefficients(
         "loss": [steps[0]["loss"], steps[-1]["loss"]], "moved": _moved(steps), "b": done.weights.explain.get("b"),
     }  # fmt: skip
     return done.weights, told
+
+
+def begun(cell: Cell, live: Learnable) -> LearnConfig:
+    """The learner's settings by the name of their start: "scale" and "zero" are the library's, the others (`cells.STARTS`) are
+    tried beside them.
+
+    match: the scale at which the merge is as long as an adapter, without a search. near: the best of up to five scales, 0.7 to
+    1.4 times it. scale: the library's search. With _pull: the regularisation is 1, whatever the rows (10 times the default
+    for one row a class). With _still: no gradient steps.
+    """
+    from loralloy.weighting.learned import LearnConfig
+
+    start, _, more = (cell.start or "scale").partition("_")
+    if start in ("scale", "zero"):
+        config = LearnConfig(start=start)  # type: ignore[arg-type]
+    else:
+        b_max = cell.b_max or 3.0
+        scale = min(live.matching_scale(), 0.95 * b_max)
+        near = tuple(share * scale for share in (0.7, 0.84, 1.0, 1.2, 1.4) if share * scale < 0.97 * b_max)
+        config = LearnConfig(start=scale) if start == "match" else LearnConfig(scales=near)
+    if more == "pull":
+        return dataclasses.replace(config, regularisation=1.0)
+    return dataclasses.replace(config, steps=0) if more == "still" else config
 
 
 def _moved(history: Sequence[dict[str, Any]]) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from plan import CHOSEN
+from cells import CHOSEN
 from results import Cells, Mean, Row, final, percent, table
 from tables import LEARNED, Bench, title
 

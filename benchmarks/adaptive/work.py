@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plan import RULES, Bench, Cell, Group, Job, needs, own
+from cells import RULES, Cell, Job, needs, own
+from plan import Bench
 
 from loralloy.adapter import Adapter
 from loralloy.bank import Bank
@@ -97,15 +98,18 @@ class Site:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def rows(self, seed: int, domains: Sequence[str], per_class: int, fresh: bool = False) -> list[BufferRow]:
+    def rows(
+        self, seed: int, domains: Sequence[str], per_class: int, fresh: bool = False, draw: int = 0
+    ) -> list[BufferRow]:
         """The memory buffer after these domains; `fresh`: of rows that no adapter was trained on."""
-        key = (seed, tuple(domains), per_class, fresh)
+        key = (seed, tuple(domains), per_class, fresh, draw)
         if key not in self._buffers:
-            buffer = MemoryBuffer(per_class, seed=seed)
+            drawn = seed + 1000 * draw  # no draw of a seed is one of another
+            buffer = MemoryBuffer(per_class, seed=drawn)
             for name in domains:
                 experience = self.main.experiences[name]
                 ids, labels = self.unseen(experience) if fresh else self.main.labels(experience, "train")
-                chosen = MemoryBuffer(per_class, seed=seed)
+                chosen = MemoryBuffer(per_class, seed=drawn)
                 chosen.add(name, ids, labels)
                 kept = [row.id for row in chosen.rows]
                 where = dict(zip(ids, labels, strict=True))
@@ -121,9 +125,6 @@ class Site:
         return [e.id for e in rows], [e.answer for e in rows]
 
     # -- work ----------------------------------------------------------------------------------------------------------
-
-    def ready(self, group: Group) -> bool:
-        return all(self.folder(job).is_dir() for job in group.needs)
 
     def train(self, job: Job) -> float:
         """Train an adapter unless it is there; the seconds."""
@@ -176,7 +177,9 @@ class Site:
         lead = own(cell.seed, self.stream.orders[cell.order][0], "learned", cell.order)
         for split in ("test", "validation"):
             self.workshop(cell.head, split).begin(cell.seed, self.folder(lead) if cell.head == "learned" else None)
-        return [] if cell.per_class is None else self.rows(cell.seed, cell.domains, cell.per_class, cell.how == "fresh")
+        if cell.per_class is None:
+            return []
+        return self.rows(cell.seed, cell.domains, cell.per_class, cell.how == "fresh", cell.draw)
 
     def _score(
         self, cell: Cell, rows: Sequence[BufferRow], domains: Sequence[str], saved: Path | None = None
@@ -289,20 +292,3 @@ def device_name(model: torch.nn.Module) -> str:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def toy(bench: Bench, stream: DomainStream) -> tuple[Bench, DomainStream]:
-    """A few steps and rows, one seed: whether everything runs."""
-    fields = stream.fields
-    few = (
-        {"steps": 3, "batch_size": 4}
-        if fields.images is not None
-        else {"limit": 16, "batch_size": 4, "epochs": 1, "max_length": 64}
-    )
-    evaluate = fields.evaluate.model_copy(update={"limit": 6})
-    changed = fields.model_copy(update={"train": fields.train | few, "evaluate": evaluate, "seeds": fields.seeds[:1]})
-    names = bench.sizes and tuple(s for s in bench.sizes if s <= 3)
-    small = dataclasses.replace(
-        bench, sizes=names, few=2, validation=4 if bench.validation is None else bench.validation and 4
-    )
-    return small, dataclasses.replace(stream, fields=changed)

@@ -13,8 +13,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [p for p in (str(HERE.parent),) if p not in sys.path]
 
 import stamp  # noqa: E402
-from plan import BENCHES, Bench, Group, Job, groups  # noqa: E402
-from work import Site, toy  # noqa: E402
+from cells import Group, Job  # noqa: E402
+from parts import rank  # noqa: E402
+from plan import BENCHES, Bench, groups, toy  # noqa: E402
+from work import Site  # noqa: E402
 
 from loralloy.continual.experience import DomainStream  # noqa: E402
 from queue_cells import Piece, Queue, quiet, write  # noqa: E402
@@ -39,7 +41,7 @@ def wanted(options: argparse.Namespace) -> list[Group]:
             if options.parts is not None and group.part not in options.parts:
                 continue
             if options.seeds is None or group.seed in options.seeds:
-                found.append((group.rank, n, group))
+                found.append((rank(group), n, group))
     return [group for _, _, group in sorted(found, key=lambda item: item[:2])]
 
 
@@ -122,3 +124,8 @@ class Worker(Queue):
             return False
         site.bench = dataclasses.replace(site.bench, rows_at_once=max(8, site.bench.rows_at_once // 4))
         return True
+
+    def idle(self) -> None:
+        for site in self.sites.values():
+            if site is not None:
+                site.drop()

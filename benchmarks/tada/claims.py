@@ -37,6 +37,13 @@ def verdicts(half: Half, cells: Cells) -> list[tuple[str, str, str]]:
     return [f for f in found if f is not None]
 
 
+def _top(cells: Cells, mine: Config, others: list[Config]) -> Config | None:
+    """The other with the best average; one that lacks a pair or seed of ours has its average over others, and is left out."""
+    have = cells.of(*mine).keys()
+    whole = [c for c in others if have and have <= cells.of(*c).keys()]
+    return best(whole, lambda c: cells.average(*c))  # type: ignore[no-any-return]
+
+
 def _said(i: Interval, good: bool) -> str:
     """A claim needs its interval: a mean that is right inside an interval that is not is no claim."""
     return "met" if good else "missed" if i.value <= 0 or i.below else "not shown: the interval holds less"
@@ -73,15 +80,15 @@ def _leads(half: Half, cells: Cells) -> tuple[str, str, str] | None:
     others = {c: cells.by_pair(*c) for c in rivals(half, cells)}
     if not mine or not others:
         return None
-    won = [p for p in mine if all(mine[p] > o[p] for o in others.values() if p in o)]
+    won = [p for p in mine if all(p in o and mine[p] > o[p] for o in others.values())]  # none without all of them
     need = LEADS[half.name]
     said = f"{len(won)} of {len(mine)}" + (f": {', '.join(won)}" if won else "") + "; means over seeds"
     return f"best of all training-free rules on at least {need} pairs", said, "met" if len(won) >= need else "missed"
 
 
 def _average(half: Half, cells: Cells) -> tuple[str, str, str] | None:
-    top = best(rivals(half, cells), lambda c: cells.average(*c))
-    if top is None or not cells.of(*ours(half)):
+    top = _top(cells, ours(half), rivals(half, cells))
+    if top is None:
         return None
     i, said = _both(half, cells, top)
     return (
@@ -92,8 +99,8 @@ def _average(half: Half, cells: Cells) -> tuple[str, str, str] | None:
 
 
 def _newer(half: Half, cells: Cells) -> tuple[str, str, str] | None:
-    top = best(rivals(half, cells, NEWER), lambda c: cells.average(*c))
-    if top is None or not cells.of(*ours(half)):
+    top = _top(cells, ours(half), rivals(half, cells, NEWER))
+    if top is None:
         return None
     i, said = _both(half, cells, top)
     return "ahead of the best of the newer rules on average", f"{METHODS[top[0]].title}: {said}", _said(i, i.value > 0)
@@ -102,8 +109,8 @@ def _newer(half: Half, cells: Cells) -> tuple[str, str, str] | None:
 def _free(half: Half, cells: Cells) -> tuple[str, str, str] | None:
     """Nobody has labels: all at the level that the same unlabelled inputs choose."""
     mine = (half.designs[0], "free", half.rank)
-    top = best([(m.name, "free", half.rank) for m in BASELINES], lambda c: cells.average(*c))
-    if top is None or not cells.of(*mine):
+    top = _top(cells, mine, [(m.name, "free", half.rank) for m in BASELINES])
+    if top is None:
         return None
     i = cells.difference(mine, top)
     what = "without labels, above the best training-free rule at its level (in hindsight)"

@@ -96,8 +96,9 @@ class TextSite:
         from loralloy.weighting.levels import text_answers
 
         task = self.task("domain", domain)
-        every = task.examples("train")
-        chosen = [every[i] for i in drawn(len(every), count, seed)]
+        rows = {" ".join(e.raw.split()): e for e in reversed(task.examples("train"))}  # of equal texts the first
+        texts = inputs(task)
+        chosen = [rows[texts[i]] for i in drawn(len(texts), count, seed)]
         prompts = [self._prompt(e, task) for e in chosen]
         return text_answers(self.model, self.tokenizer, prompts, [e.options for e in chosen], 64)
 

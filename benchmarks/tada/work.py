@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -164,7 +165,8 @@ class Site:
             for level in LEVELS:
                 with self.set(method, (level, level), values):
                     tried.append({"scale": [level, level], "information": information(answers())})
-            best = max(tried, key=lambda t: t["information"])["scale"]  # of equals the smallest
+            known = [t for t in tried if math.isfinite(t["information"])]
+            best = max(known, key=lambda t: t["information"])["scale"]  # of equals the smallest
             scale = (best[0], best[1])
         if cell.at == "best":  # the density at weights of 1, then the weights at that density; the first of equals
             if method.densities:

@@ -42,7 +42,7 @@ def as_it_was():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A folder with a model, images and the stream file emoji4.yaml."""
+    """A folder with a model, images and the stream files of the page on emoji."""
     import numpy as np
     import torch
 
@@ -62,7 +62,8 @@ def tiny(tmp_path_factory) -> Path:
         split=split.numpy().astype("uint8"), metadata=np.array(json.dumps(told)),
     )  # fmt: skip
     (folder / "emoji.npz").write_bytes(memory.getvalue())
-    (folder / "emoji4.yaml").write_text(STREAM)
+    for name in ("emoji4", "emoji7"):
+        (folder / f"{name}.yaml").write_text(STREAM)
     return folder
 
 

@@ -20,8 +20,8 @@ def small(harness, monkeypatch):
     parts = {"own": 1, "a": 1, "seq": 1, "seqs": 1, "alone": 1, "joint": 1}
     bench = dataclasses.replace(plan.BENCHES["emoji4"], parts=parts, merges=LINEAR, validation=4, few=2)
     monkeypatch.setitem(plan.BENCHES, "emoji4", bench)
-    monkeypatch.setattr(plan, "GRID", (0.5, 1.0))
-    monkeypatch.setattr(plan, "B_MAX", (3.0,))
+    monkeypatch.setattr(harness.parts, "GRID", (0.5, 1.0))
+    monkeypatch.setattr(harness.parts, "B_MAX", (3.0,))
     return harness
 
 
@@ -48,9 +48,61 @@ def test_every_group_comes_after_what_it_needs_and_no_cell_twice(harness):
         names |= {cell.name for cell in group.cells}
         if group.cells and group.cells[0].rule:  # one process makes the terms of a group once
             assert len({(c.domains, c.rule, c.space, c.head, c.seed) for c in group.cells}) == 1
-    assert [g.rank[0] for g in groups] == sorted(g.rank[0] for g in groups)
+    places = [harness.parts.rank(g)[0] for g in groups]
+    assert places == sorted(places)
     files = [g.name for g in groups]
     assert len(files) == len(set(files)), "two groups share a lock"
+
+
+def test_draws_are_the_learned_cells_of_the_table_on_other_rows(harness):
+    cells, plan = harness.cells, harness.plan
+    bench = plan.BENCHES["emoji4"]
+    by: dict[str, set] = {}
+    for group in plan.groups(bench, bench.stream()):
+        by.setdefault(group.part, set()).update(group.cells)
+    first = {c for c in by["a"] if c.how == "learned" or (c.how == "fresh" and c.per_class == 1)}
+    assert by["draws"] == {dataclasses.replace(c, draw=d) for c in first for d in cells.DRAWS}
+    assert {c.name for c in by["draws"]} == {f"{c.name}-d{d}" for c in first for d in cells.DRAWS}
+    assert all(c.draw == 0 for part, some in by.items() if part != "draws" for c in some)
+    assert {c.start for c in by["v"]} == set(cells.STARTS)
+    assert list(harness.parts.PARTS)[-2] == "v" and "v" not in plan.BENCHES["multiemo4"].parts
+
+
+def test_a_draw_is_other_rows_of_the_same_classes(small, tmp_path):
+    plan = small.plan
+    bench = plan.BENCHES["emoji4"]
+    site = small.work.Site(bench, bench.stream(), tmp_path)
+    zero, one, two = (site.rows(0, "abc", 1, draw=d) for d in (0, 1, 2))
+    assert [r.stratum for r in zero] == [r.stratum for r in one] == [r.stratum for r in two]
+    assert len({tuple(r.id for r in rows) for rows in (zero, one, two)}) == 3
+    cell = small.cells.learned(0, "abc", "ties", "delta", draw=2)
+    assert [r.id for r in site._begin(cell)] == [r.id for r in two]
+    new = [[r.id for r in site._begin(small.cells.fresh(0, "abc", "ties", "delta", draw=d))] for d in (0, 1)]
+    assert new[0] != new[1] and not {i for ids in new for i in ids} & {r.id for r in (*zero, *one, *two)}
+    assert [r.id for r in site.rows(1, "abc", 1)] not in [[r.id for r in rows] for rows in (zero, one, two)]
+    experience = site.main.experiences["a"]
+    from loralloy.continual.buffer import MemoryBuffer
+
+    alone = MemoryBuffer(1, seed=0)  # draw 0 is the seed's own, as it was before there were others
+    alone.add("a", *site.main.labels(experience, "train"))
+    assert [r.id for r in alone.rows] == [r.id for r in zero if r.domain == "a"]
+
+
+def test_the_starts_that_are_tried(harness):
+    from types import SimpleNamespace
+
+    live = SimpleNamespace(matching_scale=lambda: 0.8)
+
+    def begun(start, b_max=3.0):
+        return harness.strategies.begun(harness.cells.learned(0, "abc", "ties", "delta", b_max, start=start), live)
+
+    assert begun("scale").start == "scale" and begun("zero").start == "zero"
+    assert begun("scale").regularisation is None and begun("scale_pull").regularisation == 1.0
+    assert begun("match").start == 0.8 and begun("match", 0.5).start == pytest.approx(0.475)
+    assert begun("near").scales == pytest.approx((0.56, 0.672, 0.8, 0.96, 1.12))
+    assert begun("near", 1.0).scales == pytest.approx((0.56, 0.672, 0.8, 0.96))
+    assert begun("near_still").steps == 0 and begun("near_still").scales == begun("near").scales
+    assert begun("match_pull").regularisation == 1.0 and begun("match_pull").steps == begun("scale").steps
 
 
 def test_cells_are_right_resumed_and_failures_stay_alone(small, tiny, tmp_path, monkeypatch, capsys):

@@ -185,6 +185,28 @@ def test_a_domains_text_has_no_label_and_no_hint(tada, tmp_path, monkeypatch):
     assert all(e.ids[skip:-1] in wanted or e.ids[:-1] in wanted for e in encoded)
 
 
+def test_a_level_is_asked_of_the_texts_that_are_probed(tada, tmp_path, monkeypatch):
+    """Also where some rows hold the same text, or one word, so that there are fewer texts than rows."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tests/training"), *sys.path])
+    tiny = importlib.import_module("tiny")
+    from loralloy.tasks.task import Task
+    from loralloy.weighting import levels
+
+    task = Task.load(tiny.save_task(tmp_path))
+    every = task.examples("train")
+    rows = [every[0], every[1], every[0], *every[2:]]
+    monkeypatch.setattr(Task, "examples", lambda self, split, limit=None: rows[:limit])
+    monkeypatch.setattr(tada.site_text, "text_batches", lambda tokenizer, texts, *_: texts)
+    monkeypatch.setattr(levels, "text_answers", lambda model, tokenizer, prompts, options, size: prompts)
+    half = SimpleNamespace(fields={"domains": {"d": "d.yaml"}, "max_length": 512})
+    site = object.__new__(tada.site_text.TextSite)
+    site.half, site.model, site.tokenizer = half, SimpleNamespace(device="cpu"), tiny.make_tokenizer()
+    site._tasks = {"d.yaml": task}
+    for seed in range(3):
+        probed, asked = site.unlabelled("domain", "d", 6, seed), site.unlabelled_answers("d", 6, seed)
+        assert len(probed) == 6 and all(text in " ".join(p.split()) for text, p in zip(probed, asked, strict=True))
+
+
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +268,51 @@ def made_up(tada, half):
             for name, d in (("no_removal", 0.0), ("removal", -0.03), ("nothing", -0.03), ("uniform", -0.03)):
                 found.append(row(pair, seed, f"{ours}~{name}", "ones", mine + d))
     return found
+
+
+def test_half_a_run_names_no_winner(tada):
+    """A rival that lacks a pair of ours has its average over others, and a pair without all rivals is won from none of them."""
+    half = tada.plan.load("language")
+    hard, easy = half.pairs("final")[0], half.pairs("final")[1:]
+    rows = made_up(tada, half)  # ours is weak on the first pair
+    for row in rows:
+        if row["cell"]["pair"] == hard and row["cell"]["method"] != half.designs[0]:
+            row["test"] = 0.5
+    free = [
+        {**r, "cell": {**r["cell"], "at": "free"}}
+        for r in rows
+        if r["cell"]["at"] == "ones" and r["cell"]["method"] in (half.designs[0], "ties", "linear")
+    ]
+
+    def told(rows):
+        return {v[0]: v for v in tada.claims.verdicts(half, tada.results.Cells(rows))}
+
+    assert told(rows + free)["average above the best training-free rule (in hindsight)"][1].startswith("TIES")
+    some = [
+        r
+        for r in rows + free
+        if r["cell"]["pair"] != hard or r["cell"]["method"] not in ("linear", "iso_c", "dare_ties")
+    ]
+    said = [v for k, v in told(some).items() if "in hindsight" in k]
+    assert len(said) == 2 and all(v[1].startswith("TIES") for v in said)
+    less = [r for r in rows if r["cell"]["pair"] != easy[0] or r["cell"]["method"] == half.designs[0]]
+    won = next(v for k, v in told(less).items() if "at least 4 pairs" in k)
+    assert easy[0] not in won[1] and won[1].startswith("5 of 6")
+
+
+def test_the_page_says_which_coefficients_were_tried(tada, tmp_path):
+    half, now = tada.plan.load("language"), len(tada.designs.COEFFICIENTS)
+    folder = tmp_path / "cells/language-final"
+    folder.mkdir(parents=True)
+    rows = [r for r in made_up(tada, half) if r["cell"]["at"] == "best"]
+    for count in (now, 5):
+        for n, row in enumerate(rows):
+            tried = [{"scale": [k, 1.0], "validation": 0.5} for k in range(count if n < 3 else now)]
+            (folder / f"{n}.json").write_text(json.dumps({**row, "tried": tried}))
+        cells = tada.report.read(folder.parent, "language", "final", None)
+        page = tada.report.page(half, *[tada.results.Cells([])] * 2, cells, [])
+        said = f"Of {len(rows)} cells at their best by validation, 3 among 5 pairs"
+        assert ("Other coefficients" in page) == (said in page) == (count != now)
 
 
 def test_verdicts_and_the_page(tada, tmp_path, capsys):

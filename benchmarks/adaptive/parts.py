@@ -1,0 +1,210 @@
+"""The parts of the work, in the order in which they are wanted, and the groups of cells or training jobs that each has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from cells import (
+    B_MAX,
+    CHOSEN,
+    DRAWS,
+    GRAINS,
+    GRID,
+    RULES,
+    SIZES,
+    STARTS,
+    Cell,
+    Group,
+    Job,
+    fresh,
+    learned,
+    needs,
+    own,
+)  # fmt: skip
+
+from loralloy.continual.experience import DomainStream
+
+if TYPE_CHECKING:
+    from plan import Bench
+
+
+def _merged(bench: Bench, stream: DomainStream, part: str, cells: Iterable[Cell]) -> Iterator[Group]:
+    """Cells by bank, rule and space."""
+    by: dict[tuple[object, ...], list[Cell]] = {}
+    for c in cells:
+        by.setdefault((c.seed, c.head, c.order, c.domains, c.rule, c.space), []).append(c)
+    for some in by.values():
+        yield Group(bench.name, part, some[0].seed, (), tuple(some), needs(some[0], stream.orders))
+
+
+def _own(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    for domain in stream.names:
+        yield Group(bench.name, part, seed, (own(seed, domain),))
+
+
+def _joint(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    yield Group(bench.name, part, seed, (Job(seed, tuple(stream.names)),))
+
+
+def _alone(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    for how in ("base", "own", "joint"):
+        cell = Cell(how, seed, tuple(stream.names))
+        yield Group(bench.name, part, seed, (), (cell,), needs(cell, stream.orders))
+
+
+def _table(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    cells = []
+    for rule, space in bench.merges:
+        names = tuple(stream.names)
+        cells += [learned(seed, names, rule, space, b) for b in B_MAX]
+        cells += [Cell("fixed", seed, names, rule, space, w) for w in GRID]
+        cells += [Cell("geometry", seed, names, rule, space)]
+        cells += [fresh(seed, names, rule, space)]
+        cells += [fresh(seed, names, rule, space, 5, grain) for grain in GRAINS[:2] if (rule, space) in CHOSEN]
+    return _merged(bench, stream, part, cells)
+
+
+def _draws(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    """The learned cells of the table on other rows: with one row a class, what is learned depends on which they are."""
+    cells = []
+    for rule, space in bench.merges:
+        for draw in DRAWS:
+            cells += [learned(seed, stream.names, rule, space, b, draw=draw) for b in B_MAX]
+            cells += [fresh(seed, stream.names, rule, space, draw=draw)]
+    return _merged(bench, stream, part, cells)
+
+
+def _zero(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    cells = [learned(seed, stream.names, r, s, b, start="zero") for r, s in bench.merges for b in bench.zero]
+    return _merged(bench, stream, part, cells)
+
+
+def _controls(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    names, cells = tuple(stream.names), []
+    for rule, space in (*CHOSEN, ("linear", "factors")):
+        cells += [Cell("search", seed, names, rule, space, per_class=k) for k in (1, 5)]
+    cells += [Cell("entropy", seed, names, rule, space, None, 1.0, 20, "layer") for rule, space in CHOSEN]
+    cells += [Cell("regmean", seed, names, "linear", "delta", per_class=20, grain=g) for g in ("module", "adapter")]
+    return _merged(bench, stream, part, cells)
+
+
+def _buffers(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    sizes = [k for k in bench.buffers if (k == SIZES[-1]) == (part == "large")]
+    grains = {k: bench.grains if k in (1, SIZES[-1]) else GRAINS[:2] for k in sizes}
+    cells = [learned(seed, stream.names, r, s, 3.0, k, g) for r, s in CHOSEN for k in sizes for g in grains[k]]
+    return _merged(bench, stream, part, cells)
+
+
+def _sequences(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    for o in range(len(stream.orders)):
+        jobs = needs(Cell("seq", seed, tuple(stream.names), order=o), stream.orders)
+        yield Group(bench.name, part, seed, jobs[1:], (), jobs[:1])
+
+
+def _sequential(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    for o in range(len(stream.orders)):
+        cell = Cell("seq", seed, tuple(stream.names), order=o)
+        yield Group(bench.name, part, seed, (), (cell,), needs(cell, stream.orders))
+
+
+def prefixes(names: Sequence[str], orders: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """The sets of domains that have come after some experience of some order, as a bench orders them; the smallest first."""
+    some = {tuple(n for n in names if n in order[:t]) for order in orders for t in range(1, len(order) + 1)}
+    return sorted(some, key=lambda d: (len(d), d))
+
+
+def _path(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    """A state is the same for every order that comes to it: it is computed once."""
+    cells = []
+    for domains in prefixes(stream.names, stream.orders):
+        for rule, space in CHOSEN:
+            cells += [learned(seed, domains, rule, space, per_class=k) for k in bench.follow]
+            cells += [Cell("fixed", seed, domains, rule, space, 1.0)]
+    return _merged(bench, stream, part, cells)
+
+
+def _path_of_prototypes(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    states = prefixes(stream.names, stream.orders[:1])
+    cells = [learned(seed, d, r, s, per_class=5, head="prototypes") for d in states for r, s in CHOSEN]
+    return _merged(bench, stream, part, cells)
+
+
+def _lead(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    first, *others = stream.orders[0]
+    lead = own(seed, first, "learned")
+    yield Group(bench.name, part, seed, (lead, *(own(seed, d, "learned") for d in others)))
+    yield Group(bench.name, part, seed, (Job(seed, tuple(stream.names), (), "learned"),))
+
+
+def head_cells(seed: int, names: Sequence[str], head: str) -> list[Cell]:
+    sizes = (1, 5, 20) if head == "prototypes" else (1, 20)
+    cells = [learned(seed, names, r, s, per_class=k, head=head) for r, s in CHOSEN for k in sizes]
+    cells += [learned(seed, names, r, s, per_class=20, grain="layer", head=head) for r, s in CHOSEN]
+    alone = ("base", "own", "joint") if head == "prototypes" else ("own", "joint")
+    return cells + [
+        Cell(how, seed, tuple(names), per_class=20 if head == "prototypes" else None, head=head) for how in alone
+    ]
+
+
+def _heads(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    for head in ("prototypes", "learned"):
+        for cell in head_cells(seed, stream.names, head):
+            if not cell.rule:
+                yield Group(bench.name, part, seed, (), (cell,), needs(cell, stream.orders))
+        yield from _merged(bench, stream, part, [c for c in head_cells(seed, stream.names, head) if c.rule])
+
+
+def _ranks(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    cells = [learned(seed, stream.names, rule, "delta", rank=rank) for rule in RULES for rank in (8, "max")]
+    return _merged(bench, stream, part, cells)
+
+
+def _starts(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    cells = [learned(seed, stream.names, r, s, start=start) for r, s in bench.merges for start in STARTS]
+    return _merged(bench, stream, part, cells)
+
+
+def _growth(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    cells = []
+    for size in bench.sizes:
+        for rule, space in CHOSEN:
+            names = tuple(stream.names[:size])
+            cells += [learned(seed, names, rule, space), Cell("fixed", seed, names, rule, space, 1.0)]
+            cells += [Cell("fixed", seed, names, rule, space, round(1 / size, 4))] if size > 1 else []
+    return _merged(bench, stream, part, cells)
+
+
+class Part(NamedTuple):
+    """what: what it computes. groups: (bench, stream, the part's name, seed) -> its work."""
+
+    what: str
+    groups: Callable[[Bench, DomainStream, str, int], Iterator[Group]]
+
+
+# in the order of the queue; training stands before what needs it
+PARTS = {
+    "own": Part("train each domain's own adapter", _own),
+    "joint": Part("train jointly on all domains", _joint),
+    "alone": Part("base, own adapters and joint training, evaluated", _alone),
+    "a": Part("fixed weights and learned coefficients, one row a class, from the line search's start", _table),
+    "draws": Part("the same learned coefficients on two more draws of the buffer's rows", _draws),
+    "c": Part("buffers of up to 5 rows a class, coefficients by adapter, layer and module", _buffers),
+    "large": Part("buffers of 20 rows a class", _buffers),
+    "e": Part("the merge after every experience", _path),
+    "lead": Part("train with the head learned on the first domain", _lead),
+    "d": Part("classifier heads", _heads),
+    "z": Part("learned from the poster's start, c = 0", _zero),
+    "b": Part("search, entropy and RegMean", _controls),
+    "seq": Part("train one adapter on each domain in turn", _sequences),
+    "seqs": Part("sequential fine-tuning, evaluated after every domain", _sequential),
+    "r": Part("what the cut to a rank costs", _ranks),
+    "p": Part("the merge after every experience, with prototypes", _path_of_prototypes),
+    "v": Part("other starts of the learner, on validation rows", _starts),
+    "f": Part("growth with the number of domains (run it alone: it is timed)", _growth),
+}
+
+
+def rank(group: Group) -> tuple[int, int]:
+    """Its place in the queue."""
+    return list(PARTS).index(group.part), group.seed
