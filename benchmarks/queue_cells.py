@@ -5,8 +5,9 @@ under a lock of the system, so that a killed process lets go of it. What fails i
 by the next call. What fails for lack of memory is put off: it comes back when other work is done, a few times in a call, at
 first beside what else was put off, then alone. Used by benchmarks/adaptive and benchmarks/tada.
 
-Processes of one GPU take turns on it unless NVIDIA's MPS serves them (`nvidia-cuda-mps-control -d`, before the first; `echo quit |
-nvidia-cuda-mps-control` at the end): beside 15 others, a learned cell of benchmarks/adaptive took 7.4 s without, 2.9 s with it.
+Processes of one GPU take turns on it unless NVIDIA's MPS serves them (`nvidia-cuda-mps-control -d` before the first,
+`echo quit | nvidia-cuda-mps-control` at the end): beside a dozen others, a learned cell of benchmarks/adaptive took 7.4 s
+without it, 2.9 s with it.
 """
 
 from __future__ import annotations

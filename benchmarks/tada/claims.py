@@ -103,7 +103,7 @@ def _newer(half: Half, cells: Cells) -> tuple[str, str, str] | None:
     if top is None:
         return None
     i, said = _both(half, cells, top)
-    return "ahead of the best of the newer rules on average", f"{METHODS[top[0]].title}: {said}", _said(i, i.value > 0)
+    return "ahead of the best of the newer rules on average", f"{METHODS[top[0]].title}: {said}", _said(i, i.above)
 
 
 def _free(half: Half, cells: Cells) -> tuple[str, str, str] | None:

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 # (task, domain): tried on validation rows, for every training-free method alike. The first stands for 0.5/0.5.
-COEFFICIENTS = ((0.5, 0.5), (1.0, 1.0), (0.25, 0.25), (0.5, 0.25), (1.0, 0.5), (1.5, 0.5), (1.5, 1.0))
+# All levels that are tried without labels are among them.
+COEFFICIENTS = (
+    *((0.5, 0.5), (1.0, 1.0), (0.25, 0.25), (0.35, 0.35), (0.7, 0.7), (1.4, 1.4)),
+    *((0.5, 0.25), (1.0, 0.5), (1.5, 0.5), (1.5, 1.0)),
+)
 DENSITIES = (0.2, 0.5, 0.8)
 
 

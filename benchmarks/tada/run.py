@@ -1,9 +1,9 @@
 """TaDA on real data: trains task and domain adapters, then computes cells, several processes side by side on one GPU or more.
 
-    python benchmarks/tada/run.py --parts task domain own screen develop --jobs 12 --until 540   # then pairs.yaml: designs
-    python benchmarks/tada/run.py --jobs 12 --until 540                                          # the rest
-    python benchmarks/tada/run.py --list                                                         # what there is to do
-    python benchmarks/tada/report.py --write                                                     # docs/results/tada-*
+    python benchmarks/tada/run.py --parts task domain own screen develop tried --jobs 12 --until 540   # then pairs.yaml: designs
+    python benchmarks/tada/run.py --jobs 12 --until 540                                                # the rest
+    python benchmarks/tada/run.py --list                                                               # what there is to do
+    python benchmarks/tada/report.py --write                                                           # docs/results/tada-*
 
 Work is taken in the order of `plan.PARTS`; a process that comes to a group that another has goes on to the next. Stopped or
 killed anywhere, the same command goes on. After --until seconds nothing new is begun. A cell that fails is told, kept under

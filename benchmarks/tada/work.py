@@ -300,8 +300,11 @@ class Site:
 
 
 def key(half: Half, cell: Cell) -> str:
-    """Of all that a cell's result depends on beside its name: the method's definition and the half's settings."""
+    """Of all that a cell's result depends on beside its name: the method's definition and the half's settings, with the
+    pair's own task and domain alone of all that are named there."""
+    task, domain = split(cell.pair)
     fields = {k: v for k, v in half.fields.items() if k not in ("final", "reserves", "development", "first")}
+    fields |= {"tasks": half.fields["tasks"][task], "domains": half.fields["domains"][domain]}
     told: list[Any] = [dataclasses.asdict(cell.method), fields, half.calibration, half.few]
-    told += [COEFFICIENTS] if cell.at == "best" else [LEVELS] if cell.at == "free" else []
+    told += [{"best": COEFFICIENTS, "free": LEVELS, "even": COEFFICIENTS[0]}.get(cell.at)]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""The harness of benchmarks/adaptive on a random vision transformer and three tiny domains."""
+"""The harnesses of benchmarks/adaptive and benchmarks/tada; a random vision transformer and three tiny domains."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks/adaptive"
+TADA = FOLDER.parent / "tada"
 STREAM = """version: 1
 title: "Tiny"
 kind: images
@@ -75,5 +76,15 @@ def harness(tiny, monkeypatch):
     found = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     monkeypatch.setattr(found.plan, "HERE", tiny)
     yield found
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def tada(monkeypatch):
+    """The modules of benchmarks/tada; gone again afterwards, since their names are plain words."""
+    monkeypatch.setattr(sys, "path", [str(TADA), str(TADA.parent), *sys.path])
+    names = [path.stem for path in TADA.glob("*.py")]
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         sys.modules.pop(name, None)

@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from helpers import load_in_peft, logits, relative
 from loralloy.adapter import Adapter
 from loralloy.bank import Bank
+from loralloy.cli import tada
 from loralloy.layerwise import layer_of
 from loralloy.live.base import load_base
 from loralloy.merging import Tada, merge
@@ -206,8 +208,45 @@ def test_the_level_is_chosen_without_labels(run, world, texts, tmp_path):
         (["--level", "high"], "--level 'high' is not known"),
         (["--level", "auto"], "give its file with --task"),
         (["--task", "spam.yaml"], "--task is for --level auto"),
+        (["--level", "auto", "--task", "free.yaml"], "free.yaml: the task has no labels"),
+        (["--level", "auto", "--task", "pairs.yaml"], "pairs.yaml: the task asks with 2 columns ('text', 'other')"),
+        (["--level", "auto", "--task", "spam.yaml", "--inputs", 1], "domain.jsonl gave one (--inputs 1)"),
     ],
 )
-def test_a_level_that_cannot_be_chosen_is_said(run, tmp_path, options, said):
-    ran = run("-o", tmp_path / "a", *options)
-    assert ran.code == 1 and said in ran.err and not (tmp_path / "a").exists()
+def test_a_level_that_cannot_be_chosen_is_said(run, world, tmp_path, monkeypatch, options, said):
+    spam = yaml.safe_load((world.tasks / "spam.yaml").read_text())
+    more = {"free": {"labels": None}, "pairs": {"columns": [*spam["columns"], {"name": "other"}]}, "spam": {}}
+    for name, fields in more.items():
+        made = {k: v for k, v in (spam | fields).items() if v is not None}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tada, "load_model", lambda *_: pytest.fail("it is said before the model is loaded"))
+    run("-o", tmp_path / "a", *options).refused(said)
+    assert not (tmp_path / "a").exists()
+
+
+def test_texts_are_asked_as_far_as_they_are_read(run, world, tmp_path):
+    """--max-length cuts the texts of both; what a cut text says is what was cut there."""
+    start = [f"{n} rain and sun {n * n}" for n in range(1, 9)]
+    levels = []
+    for name, tails in (("a", ["x" * 40] * 8), ("b", ["quick brown fox " * 300] * 8)):
+        rows = [{"text": f"{s} {tail}"} for s, tail in zip(start, tails, strict=True)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        ran = run("-o", tmp_path / name, "-c", tmp_path / f"{name}.jsonl", "--max-length", 8, "--json",
+                  "--level", "auto", "--task", world.tasks / "spam.yaml")  # fmt: skip
+        assert ran.code == 0, ran
+        levels.append(json.loads(ran.out)["level"])
+    assert levels[0] == levels[1]
+    ran = run("-o", tmp_path / "c", "-c", tmp_path / "b.jsonl", "--max-length", 5000, "--level", "auto", "--task",
+              world.tasks / "spam.yaml")  # fmt: skip
+    ran.refused("--level auto", "--max-length", "the model takes 512")
+
+
+def test_a_cut_text_is_its_start(world):
+    tokenizer = load_base(str(world.model), "float32", "cpu")[1]
+    for text in ("rain  and wind", "  caf\u00e9 \u2014 na\u00efve \U0001f600 rain , sun ."):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tada.shortened(tokenizer, text, len(ids)) == text
+        for n in range(1, len(ids)):
+            cut = tada.shortened(tokenizer, text, n)
+            assert text.startswith(cut) and len(cut) < len(text), (n, cut)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from helpers import relative
 from loralloy.bank import Bank
 from loralloy.errors import LoralloyError
 from loralloy.live.base import load_base
 from loralloy.live.scoring import score_options
-from loralloy.merging import Tada, merge
+from loralloy.merging import Tada, get_rule, merge
 from loralloy.weighting.candidates import Candidates
 from loralloy.weighting.levels import choose_level, information, scaled, text_answers
 from loralloy.weights import Weights
@@ -71,7 +73,6 @@ OPTIONS = [["yes", "no way"]] * len(PROMPTS)
 def test_the_level_is_that_of_the_most_information(loaded, rule):
     """Each level against a model that carries the adapter which merge() makes of the scaled weights."""
     from loralloy.live.merged_rows import MergedRows
-    from loralloy.merging import get_rule
 
     model, tokenizer, bank = loaded
     weights = Weights({"spam": 1.0, "weather": {"*": 0.5, bank.modules[0]: 2.0}}, "probed", {"gate": 1})
@@ -109,6 +110,63 @@ def test_options_that_cannot_be_compared(loaded):
     for options in (OPTIONS[1:], [*OPTIONS[1:], ["yes"]]):
         with pytest.raises(LoralloyError, match="each prompt its options"):
             text_answers(model, tokenizer, PROMPTS, options)
+    for prompts, options in (([], []), (PROMPTS[:1], OPTIONS[:1]), (PROMPTS, [["yes"]] * len(PROMPTS))):
+        with pytest.raises(LoralloyError, match="at least two prompts and at least two options"):
+            text_answers(model, tokenizer, prompts, options)
+
+
+def test_a_prompt_that_is_too_long_is_said_before_anything_runs(loaded):
+    model, tokenizer, _ = loaded
+    with pytest.raises(LoralloyError, match="shorten the text"):
+        text_answers(model, tokenizer, [*PROMPTS[1:], "rain " * 2000], OPTIONS)
+
+
+def test_the_most_there_can_be_is_bounded_by_the_inputs_too(loaded):
+    model, _, bank = loaded
+    held = Candidates(model, bank)
+    try:
+        for shape, most in (((2, 5), 2), ((7, 3), 3)):
+            answers = torch.eye(*shape).add(1e-9).log().log_softmax(1)
+            found = choose_level(held, Weights.uniform(bank.names), lambda a=answers: a, (1.0,))
+            assert found.most == pytest.approx(math.log(most))
+            assert found.tried[0][1] <= found.most + 1e-6
+    finally:
+        held.remove()
+
+
+class Bytes(nn.Linear):
+    """A layer whose weight is stored in 8 bits, as a quantised base's are."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False)
+        self.step = float(plain.weight.detach().abs().max() / 127)
+        self.weight = nn.Parameter((plain.weight.detach() / self.step).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.step)
+
+
+@pytest.mark.parametrize("rule", ["linear", "tada"])
+def test_on_a_quantised_base(world, rule):
+    """It is measured as on the base that the packed weights stand for."""
+    found = []
+    for kind in (Bytes, None):
+        model, tokenizer = load_base(str(world.model), "float32", "cpu")
+        bank = Bank.load([world.bank / "spam", world.bank / "weather"])
+        for name in bank.modules:
+            place, layer = model.get_submodule(name.rpartition(".")[0]), Bytes(model.get_submodule(name))
+            if kind is not None:
+                setattr(place, name.rpartition(".")[2], layer)
+            else:
+                getattr(place, name.rpartition(".")[2]).weight.data = layer.weight.float() * layer.step
+        held = Candidates(model, bank, rule, None, get_rule(rule).default_rank)
+        try:
+            answers = text_answers(model, tokenizer, PROMPTS, OPTIONS)
+            found.append(choose_level(held, Weights.uniform(bank.names), answers, (0.5, 2.0)).tried)
+        finally:
+            held.remove()
+    assert [n for _, n in found[0]] == pytest.approx([n for _, n in found[1]], rel=1e-3, abs=1e-8)
+    assert found[0][0][1] != pytest.approx(found[0][1][1], rel=1e-2)
 
 
 def test_of_equals_the_smallest_and_what_is_no_number_is_left_out(loaded):
@@ -124,6 +182,11 @@ def test_of_equals_the_smallest_and_what_is_no_number_is_left_out(loaded):
                 choose_level(held, Weights.uniform(bank.names), lambda: torch.eye(2).log(), bad)
     finally:
         held.remove()
+
+
+def test_any_mapping_is_scaled():
+    got = scaled(Weights({"a": MappingProxyType({"*": 0.5, "m": -2}), "b": 3}), 2.0)
+    assert got.coefficients == {"a": {"*": 1.0, "m": -4.0}, "b": 6.0}
 
 
 @given(st.floats(0.1, 10))

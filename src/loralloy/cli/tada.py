@@ -113,7 +113,7 @@ def tada(
     from ..recipe.job import check_out
     from ..weighting.gate_view import check_picture, draw
     from ..weighting.general_texts import GENERAL
-    from ..weighting.levels import LEVELS, text_answers
+    from ..weighting.levels import LEVELS
     from ..weighting.probed import text_batches
     from ..weighting.tada import compose
     from .tada_report import describe, show
@@ -133,11 +133,15 @@ def tada(
         raise LoralloyError("one adapter is nothing to gate; give the task's adapter and at least one of the domain")
     Bank.load(adapters, assume_same_base)  # what is wrong with them is said before the model is loaded
     texts = draw_texts(calibration, column, inputs, seed)
-    prompts = [asked.scaffold(text) for text in texts] if asked is not None else []
+    if asked is not None and len(texts) < 2:
+        raise LoralloyError(
+            f"--level auto compares the answers to at least two texts; {calibration} gave one (--inputs {inputs})"
+        )
     plain = list(GENERAL[:]) if general is None else draw_texts(general, column, inputs, seed)
     start = time.perf_counter()
     loaded, tokenizer, base = load_model(model, model_dtype)
     load = time.perf_counter() - start
+    answers = _answers(loaded, tokenizer, texts, max_length, asked, batch_size) if asked is not None else None
 
     def batches(rows: list[str]) -> Any:
         return text_batches(tokenizer, rows, batch_size, max_length, next(loaded.parameters()).device)
@@ -148,8 +152,8 @@ def tada(
         merging = bar.add_task(bound.name, total=None)
         outcome = compose(
             adapters, loaded, batches(texts), out, general=batches(plain), gate=chosen, rule=bound, rank=wanted, dtype=dtype,
-            answers=text_answers(loaded, tokenizer, prompts, [asked.labels] * len(prompts), batch_size) if asked else None,
-            base=base, assume_same_base=assume_same_base, overwrite=overwrite, on_inputs=lambda n: bar.advance(probing, n),
+            answers=answers, base=base, assume_same_base=assume_same_base, overwrite=overwrite,
+            on_inputs=lambda n: bar.advance(probing, n),
             on_level=lambda: bar.advance(leveling) if leveling is not None else None, on_module=lambda _: bar.advance(merging),
         )  # fmt: skip
     if save_weights is not None:
@@ -203,9 +207,35 @@ def _asked(level: str, task: Path | None) -> Any:
     found = Task.load(task)
     if len(found.labels or ()) < 2:
         raise LoralloyError(
-            f"{task}: the task has no labels, so its answers cannot be compared; give the strength with --scale"
+            f"--task {task}: the task has no labels, so its answers cannot be compared; give the strength with --scale"
+        )
+    if len(found.columns) > 1:
+        names = ", ".join(repr(column.name) for column in found.columns)
+        raise LoralloyError(
+            f"--task {task}: the task asks with {len(found.columns)} columns ({names}), and --level auto has one text a row; "
+            "give the strength with --scale"
         )
     return found
+
+
+def _answers(model: Any, tokenizer: Any, texts: list[str], max_length: int, task: Any, batch_size: int) -> Any:
+    """The answers to the texts, each cut to the tokens that the probe reads of it, as the task asks."""
+    from ..weighting.levels import text_answers
+
+    prompts = [task.scaffold(shortened(tokenizer, text, max_length)) for text in texts]
+    try:
+        return text_answers(model, tokenizer, prompts, [task.labels] * len(prompts), batch_size)
+    except LoralloyError as error:
+        raise error.within("--level auto (--max-length cuts its texts)") from None
+
+
+def shortened(tokenizer: Any, text: str, most: int) -> str:
+    """A text's first `most` tokens; a text that has no more is left as it is."""
+    ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=most + 1)["input_ids"]
+    if len(ids) <= most:
+        return text
+    cut = tokenizer.decode(ids[:most], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(cut).rstrip("\ufffd")  # of a letter whose last bytes are cut off
 
 
 def _rule(name: str, conflict: str | None, threshold: float | None) -> Any:

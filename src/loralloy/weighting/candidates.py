@@ -1,7 +1,7 @@
 """A bank inside a model under one rule, for whatever weights are to be measured; no gradients.
 
 An entrywise rule runs through :class:`loralloy.live.learnable.Learnable`, whose terms are made once; any other rule, and any cut
-to a rank, merges the bank anew for each candidate.
+to a rank, merges the bank anew for each candidate, and so does a quantised base, whose weights nothing can be added to.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import LoralloyError
 from ..live import LiveModel
+from ..live.fit import packed
 from ..live.learnable import Learnable
 from ..live.merged_rows import MergedRows
 from ..merging import Rule, merge
@@ -57,6 +58,8 @@ class Candidates:
         self.model, self.bank, self.names = model, bank, bank.names
         self.rule, self.space = check_rule(rule, space)  # type: ignore[arg-type]
         self.rank = check_rank(rank)
+        adapted = set(bank.modules)
+        self._packed = any(packed(module) for name, module in model.named_modules() if name in adapted)
         self.live: Learnable | None = None if self.merges else learnable
         self._own = self.live is None
         self._rows: MergedRows | None = None
@@ -69,7 +72,7 @@ class Candidates:
     @property
     def merges(self) -> bool:
         """Whether every candidate is merged, rather than summed from terms that are made once."""
-        return self.rank != "full" or not can_learn(self.rule, self.space)
+        return self._packed or self.rank != "full" or not can_learn(self.rule, self.space)
 
     @contextlib.contextmanager
     def at(self, weights: Weights | None) -> Iterator[nn.Module]:

@@ -13,7 +13,7 @@ al., ICML 2020). To choose a merge's level by it is ours. It takes the classes t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ class Level:
         level: the factor of all weights.
         weights: the given ones, times it.
         tried: (level, information in nats) of each that was tried, in order.
-        most: log k, the most that there can be.
+        most: the most that there can be: log k, or log of the number of inputs where they are fewer.
     """
 
     level: float
@@ -93,7 +93,7 @@ def choose_level(
         with candidates.at(scaled(weights, level)):
             logp = answers()
         tried.append((level, information(logp)))
-        most = math.log(logp.shape[1])
+        most = math.log(min(logp.shape))
         if on_level is not None:
             on_level()
     finite = [pair for pair in tried if math.isfinite(pair[1])]
@@ -108,7 +108,7 @@ def choose_level(
 def scaled(weights: Weights, factor: float) -> Weights:
     """Every weight times a factor; where they come from stays."""
     made: dict[str, Any] = {
-        name: {module: factor * w for module, w in of.items()} if isinstance(of, dict) else factor * float(of)  # type: ignore[arg-type]
+        name: {module: factor * w for module, w in of.items()} if isinstance(of, Mapping) else factor * of
         for name, of in weights.coefficients.items()
     }
     return replace(weights, coefficients=made, explain={**weights.explain, "level": factor})
@@ -119,15 +119,22 @@ def text_answers(
 ) -> Answers:
     """A causal language model's answers to prompts: the softmax of the options' log-likelihoods, as evaluation decides by them.
 
-    options: of each prompt, as many for one as for another. Raises LoralloyError for other numbers of them and, when it
-    is run, as :func:`loralloy.live.scoring.score_options`.
+    options: of each prompt, as many for one as for another. Raises LoralloyError for other numbers of them, fewer than two
+    prompts or options, a prompt that is longer than the model takes and, when it is run, as
+    :func:`loralloy.live.scoring.score_options`.
     """
-    from ..live.scoring import score_options
+    from ..live.scoring import check_room, encode_answer, encode_prompt, score_options
 
     if len(options) != len(prompts) or len({len(some) for some in options}) > 1:
         raise LoralloyError(
             "give each prompt its options, as many for one as for another: their answers are compared by place"
         )
+    if len(prompts) < 2 or len(options[0]) < 2:
+        raise LoralloyError("answers are compared with each other: give at least two prompts and at least two options")
+    known = {text: len(encode_answer(tokenizer, text)) for text in {text for row in options for text in row}}
+    pairs = zip(prompts, options, strict=True)
+    longest = max(len(encode_prompt(tokenizer, prompt)) + max(known[text] for text in row) for prompt, row in pairs)
+    check_room(model, longest)  # now rather than after a probe
 
     def run() -> Tensor:
         scores = score_options(model, tokenizer, prompts, options, batch_size=batch_size)
