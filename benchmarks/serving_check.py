@@ -13,8 +13,8 @@ from loralloy.bank import Bank
 from loralloy.console import progress
 from loralloy.live.scoring import encode_prompt
 from loralloy.merging import merge
+from loralloy.serving.by_module import weights_of
 from loralloy.serving.grammar import Composition, parse
-from loralloy.weights import Weights
 from serving_logits import Merged
 from serving_world import twin
 
@@ -37,12 +37,12 @@ class Truth:
     def _model(self, text: str) -> Any:
         asked = parse(text) if text not in self.bank else Composition(((text, 1.0),))
         if asked.live:
-            self.sums.set(Weights(dict(asked.terms) or {self.bank.names[0]: 0.0}))
+            self.sums.set(weights_of(self.bank, asked.terms or ((self.bank.names[0], 0.0),)))
             return self.sums.model
         if text not in self.merged:
             from peft import PeftModel
 
-            made = merge(self.bank, Weights(dict(asked.terms)), asked.bound, asked.space, asked.rank).adapter
+            made = merge(self.bank, weights_of(self.bank, asked.terms), asked.bound, asked.space, asked.rank).adapter
             with tempfile.TemporaryDirectory() as folder:
                 made.save(Path(folder) / "merged")
                 self.merged.clear()  # they come in order, and each is a whole model

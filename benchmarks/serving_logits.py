@@ -37,6 +37,7 @@ class Merged:
         parts = {m: [adapters[n][m] for n in self.names] for m in layers}
         self.B = torch.cat([torch.cat([f.B.to(wide) * f.scaling for f in fs], 1) for fs in parts.values()])
         self.slots = self.B.to(dtype, copy=True)  # [sum of out, R]
+        self.modules, self.outs = list(parts), torch.tensor([fs[0].B.shape[0] for fs in parts.values()])
         self.ranks = torch.tensor([f.rank for f in next(iter(parts.values()))])
         at = 0
         for module, layer in layers.items():
@@ -48,7 +49,10 @@ class Merged:
 
     def set(self, weights: Weights) -> None:
         each = torch.tensor([weights.of(n) for n in self.names], dtype=torch.float64)
-        self.slots.copy_(self.B * each.repeat_interleave(self.ranks).to(self.B))
+        if weights.per_module:
+            each = torch.tensor([[weights.of(n, m) for n in self.names] for m in self.modules], dtype=torch.float64)
+            each = each.repeat_interleave(self.outs, 0)
+        self.slots.copy_(self.B * each.repeat_interleave(self.ranks, -1).to(self.B))
 
     def logits(self, weights: Weights, ids: list[int], device: str) -> Tensor:
         """[len, vocabulary], float32 or wider."""

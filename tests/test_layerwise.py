@@ -134,6 +134,7 @@ BAD = {
     "text": ("much", (), ["'much'", "a number, a list of numbers (a gradient)"]),
     "yes": (True, (), ["True", "a number"]),
     "infinite": (float("inf"), (), ["inf", "finite"]),
+    "beyond any float": (10**400, (), ["not a weight", "finite"]),
     "text in a gradient": ([0, "1e-3"], (1,), ["'1e-3'", "write 0.001"]),
     "empty gradient": ([], (), ["empty"]),
     "empty mapping": ({}, (), ["empty"]),

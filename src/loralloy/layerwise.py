@@ -232,14 +232,15 @@ def _gradient(value: Sequence[Any], at: tuple[int | str, ...]) -> Gradient:
 
 
 def _number(value: Any, at: tuple[int | str, ...], allowed: str = "a number") -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a whole number that no float holds
+            if math.isfinite(value):
+                return float(value)
+        allowed = allowed.replace("a number", "a finite number", 1)
     hint = ""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             hint = f" (it is text here, as YAML reads 1e-3 and 'quoted' numbers; write {float(value)!r})"
-    elif isinstance(value, float):
-        allowed = allowed.replace("a number", "a finite number", 1)
     raise SpecError(at, f"{shown(value)} is not a weight{hint}; give {allowed}")
 
 

@@ -73,9 +73,18 @@ json_values = st.recursive(
 )
 models = st.one_of(
     st.sampled_from(
-        ["spam", "auto", "base", "0.5*spam + weather", "auto @ svd(rank=1)", "spam - cooking @ ties(density=0.1)"]
+        [
+            "[0.2, 0.8]*spam",
+            "[{filter: q_proj, value: 1}, {value: 0}]*spam",
+            "spam",
+            "auto",
+            "base",
+            "0.5*spam + weather",
+            "auto @ svd(rank=1)",
+            "spam - cooking @ ties(density=0.1)",
+        ]
     ),
-    st.text('spam"*+-@.()=, 019_', max_size=20),
+    st.text('spam"*+-@.()=, 019_[]{}:', max_size=20),
 )
 prompts = st.one_of(
     st.text(min_size=1, max_size=30),
@@ -123,6 +132,41 @@ def test_good_requests_with_something_changed(small):
     run()
     assert small.service.engine.alive and {200, 400} <= set(codes)
     assert codes.count(200) > 40  # the decoder was reached, not the checks alone
+
+
+specs = st.one_of(
+    st.floats(-2, 2),
+    st.lists(st.floats(-2, 2), max_size=4),
+    st.lists(
+        st.fixed_dictionaries(
+            {"value": st.floats(-2, 2) | st.lists(st.floats(-2, 2), min_size=1, max_size=3)},
+            optional={
+                "filter": st.sampled_from(["q_proj", "*.mlp.*", "nowhere"]),
+                "layers": st.sampled_from([0, "0-1", "1-0"]),
+            },
+        ),
+        max_size=3,
+    ),
+    st.dictionaries(st.sampled_from(["*", "model.layers.0.self_attn.q_proj", "q_proj"]), st.floats(-2, 2), max_size=2),
+    json_values,
+)
+
+
+def test_weights_by_module(small):
+    codes = []
+
+    @settings(FUZZ, max_examples=100)
+    @given(
+        st.dictionaries(st.sampled_from(["spam", "cooking", "weather"]), specs, max_size=2),
+        st.sampled_from([None, "ties", {"name": "svd"}, {"name": "ties", "density": 0.5}]) | json_values,
+        st.sampled_from(["/v1/compositions", "/v1/layers"]),
+    )
+    def run(weights, rule, path):
+        body = {"weights": weights} | ({} if rule is None else {"rule": rule})
+        codes.append(sound(small.call("POST", path, body)))
+
+    run()
+    assert {200, 400} <= set(codes) and codes.count(200) > 20
 
 
 @settings(FUZZ, max_examples=60)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loralloy.merging import RULES
-from loralloy.serving import grammar
+from loralloy.serving.by_module import MAX_ENTRIES, ByModule
 from loralloy.serving.grammar import (
     MAX_LENGTH,
     MAX_TERMS,
     Composition,
     GrammarError,
-    canonical,
     parse,
     quoted,
-    with_terms,
 )
 
 names = st.one_of(
@@ -46,10 +43,23 @@ def arguments(draw, rule):
     return tuple(sorted(given.items()))
 
 
+gradients = st.lists(weights, min_size=1, max_size=4)
+entries = st.fixed_dictionaries(
+    {"value": weights | gradients},
+    optional={"filter": names, "layers": st.integers(0, 99) | st.just("3-17")},
+)
+by_module = st.one_of(
+    gradients,
+    st.tuples(st.lists(entries.filter(lambda e: len(e) > 1), max_size=3), entries).map(lambda t: [*t[0], t[1]]),
+    st.dictionaries(names.filter(lambda n: n not in ("filter", "value", "layers")), weights, min_size=1, max_size=4),
+).map(ByModule.of)
+
+
 @st.composite
 def compositions(draw):
     auto = draw(st.booleans())
-    terms = () if auto else tuple(draw(st.dictionaries(names, weights, min_size=1, max_size=5)).items())
+    each = st.dictionaries(names, weights | by_module, min_size=1, max_size=5)
+    terms = () if auto else tuple(draw(each).items())
     rule = draw(st.sampled_from(list(RULES.values())))
     return Composition(
         terms,
@@ -63,7 +73,11 @@ def compositions(draw):
 
 def same(a, b):
     """Equal, and zeros of one sign."""
-    return a == b and [math.copysign(1, w) for _, w in a.terms] == [math.copysign(1, w) for _, w in b.terms]
+    return a == b and _signs(a) == _signs(b)
+
+
+def _signs(made):
+    return [str(w) if isinstance(w, ByModule) else math.copysign(1, w) for _, w in made.terms]
 
 
 @settings(max_examples=300)
@@ -79,14 +93,14 @@ def test_what_is_written_is_read_back(made):
 @given(compositions(), st.randoms(use_true_random=False))
 def test_spaces_do_not_matter_between_signs(made, random):
     text = str(made)
-    for sign in "*(),=@":
+    for sign in "*(),=@[]{}:":
         if '"' not in text:
             text = text.replace(sign, random.choice(["", " ", "\t"]) + sign + random.choice(["", "  ", "\n"]))
     assert same(parse(text), made)
 
 
 @settings(max_examples=400)
-@given(st.one_of(st.text(max_size=60), st.text('ab-+*.@(),="\\0123 ', max_size=40)))
+@given(st.one_of(st.text(max_size=60), st.text('ab-+*.@(),="\\0123 []{}:', max_size=40)))
 def test_any_text_is_read_or_told_where_it_ends_to_make_sense(text):
     try:
         made = parse(text)
@@ -133,6 +147,28 @@ def test_terms(text, terms):
         assert list(parse(text).terms) == terms
 
 
+@pytest.mark.parametrize(
+    ("text", "spec", "canonical_text"),
+    [
+        ("[0.2, .8]*a", [0.2, 0.8], "[0.2, 0.8]*a"),
+        ("[ 0.2,8e-1 ] * a", [0.2, 0.8], "[0.2, 0.8]*a"),
+        ("-[1, -2]*a", [-1.0, 2.0], "[-1.0, 2.0]*a"),
+        ("[{filter: q_proj, value: 0.9}, {value: [0, 1]}]*a", [{"filter": "q_proj", "value": 0.9}, {"value": [0.0, 1.0]}],
+         "[{filter: q_proj, value: 0.9}, {value: [0.0, 1.0]}]*a"),
+        ('[{"filter": "*.mlp.*", "layers": 7, "value": 1}, {"layers": "0-3", "value": -2}]*a',
+         [{"filter": "*.mlp.*", "layers": "7", "value": 1.0}, {"layers": "0-3", "value": -2.0}],
+         '[{filter: "*.mlp.*", layers: "7", value: 1.0}, {layers: "0-3", value: -2.0}]*a'),
+        ('{model.layers.0.mlp: 2, "*": 0.3}*a', {"*": 0.3, "model.layers.0.mlp": 2.0}, '{"*": 0.3, model.layers.0.mlp: 2.0}*a'),
+    ],
+)  # fmt: skip
+def test_weights_by_module(text, spec, canonical_text):
+    ((name, weight),) = parse(text).terms
+    assert name == "a" and weight.spec == spec and str(parse(text)) == canonical_text
+    assert parse(text).live and parse(canonical_text) == parse(text)
+    both = parse(f"b - {text.removeprefix('-')} @ ties")
+    assert both.terms[1][1] == ByModule.of(spec, 1.0 if text[0] == "-" else -1.0) and list(both.by_module) == ["a"]
+
+
 def test_rules():
     made = parse("a + b @ ties(density=0.2, space=delta, rank=16)")
     assert (made.rule, made.arguments, made.space, made.rank) == ("ties", (("density", 0.2),), "delta", 16)
@@ -161,6 +197,40 @@ def test_rules():
         ("a$", 1, "'$' has no meaning"),
         ('a + "b', 4, "the quoted name does not end"),
         ('""', 0, "the name is empty"),
+        ("[]*a", 0, "the gradient is empty"),
+        ("{}*a", 0, "the weight is empty"),
+        ("[0.2 0.8]*a", 5, "expected ',' or ']', found '0.8'"),
+        ("[0.2,]*a", 5, "expected another after the comma"),
+        ("[0.2, 0.8", 9, "expected ',' or ']', found the end"),
+        ("[0.2, 0.8]a", 10, "expected '*' and an adapter's name, found 'a'"),
+        ("[0.2, 0.8]*auto", 11, "auto stands alone"),
+        ("b + [0.2, x]*a", 10, "'x' is not a weight; give a number"),
+        ("[0.2, -x]*a", 7, "expected a number, found 'x'"),
+        ("[1e7]*a", 1, "too large"),
+        ("[[1]]*a", 1, "is not a weight"),
+        ("[[[[[[1]]]]]]*a", 5, "nested too deeply"),
+        ("[{filter: q}]*a", 1, "no `value`"),
+        ("[{filter: 3, value: 1}]*a", 10, "3 is not a part of a module's name"),
+        ("[{fitler: q, value: 1}]*a", 10, "did you mean `filter`?"),
+        ("[{value: 1}, {filter: q, value: 1}]*a", 1, "put it last"),
+        ("[{layers: 3-1, value: 1}]*a", 11, "expected ',' or '}', found '-'"),
+        ('[{layers: "3-1", value: 1}]*a', 10, "is not a range of layers"),
+        ("[{value: 1, value: 2}]*a", 12, "'value' is given twice"),
+        ("{filter: q, value: 1}*a", 0, "stands in a list"),
+        ("{q 1}*a", 3, "expected ':'"),
+        ("{q: [1]}*a", 4, "is not a weight"),
+        ("{3: 1}*a", 1, "expected a field, or a module's name, found '3'"),
+        ("[{filter: " + "q" * 401 + ", value: 1}]*a", 10, "at most 400 characters"),
+        (
+            "[" + ", ".join(["{filter: q, value: 1}"] * (MAX_ENTRIES + 1)) + "]*a",
+            1 + 23 * MAX_ENTRIES,
+            "at most 256 entries",
+        ),
+        (
+            " + ".join(["[" + ", ".join(["{filter: q, value: 1}"] * 200) + f"]*{n}" for n in "ab"]),
+            4605,
+            "at most 256 entries",
+        ),
         ("a @", 3, "expected a rule's name, found the end"),
         ("a @ tie", 4, "did you mean ties?"),
         ("a @ delta", 4, "is a space, not a rule"),
@@ -192,80 +262,3 @@ def test_what_is_wrong_is_told_with_its_place(text, position, says):
 
 def test_quoting():
     assert [quoted(n) for n in ("a-b", "auto", "9a", 'x"', "a--b")] == ["a-b", '"auto"', '"9a"', '"x\\""', '"a--b"']
-
-
-routed = st.dictionaries(names, st.floats(-1e6, 1e6, allow_nan=False), max_size=8).map(lambda d: tuple(d.items()))
-autos = compositions().map(lambda made: Composition((), True, made.rule, made.arguments, made.space, made.rank))
-
-
-@settings(max_examples=300)
-@given(autos, routed)
-@example(Composition((), True), (("a", 1 / 3), ("b", 1.17549435e-38), ("c", -0.0), ("d", 1e-320), ("e", 0.1 + 0.2)))
-def test_a_routed_composition_is_read_back_as_itself(asked, terms):
-    made = with_terms(asked, terms)
-    assert same(parse(str(made)), made) if made.terms else made == parse("base")
-    assert not made.auto and (made.rule, made.space, made.rank) == (
-        (asked.rule, asked.space, asked.rank) if made.terms else ("linear", None, None)
-    )
-    given = dict(terms)
-    assert all(np.float32(w) == np.float32(given[name]) for name, w in made.terms)
-    assert {n for n, w in given.items() if np.float32(w)} == {n for n, _ in made.terms}
-
-
-def test_routed_weights_are_printed_short():
-    made = with_terms(parse("auto @ ties"), [("a", 1 / 3), ("b", 0.5714285714285714), ("c", 0.09523809523809523)])
-    assert str(made) == "0.33333334*a + 0.5714286*b + 0.0952381*c @ ties"
-
-
-@pytest.mark.parametrize(
-    ("count", "length", "kept"),
-    [(100, 60, 100), (1000, 12, 1000), (MAX_TERMS, 10, MAX_TERMS), (MAX_TERMS + 500, 10, MAX_TERMS), (600, 200, None)],
-)
-@pytest.mark.parametrize("rule", ["auto", "auto @ ties(density=0.3, rank=16)"])
-def test_what_is_routed_fits(count, length, kept, rule):
-    """As it is where the grammar takes it; else the largest, with the sum that all had."""
-    weights = {f"t{i:0{length - 1}}": 2.0 * (i + 1) / (count * (count + 1)) for i in range(count)}
-    made = with_terms(parse(rule), weights.items())
-    text = str(made)
-    assert same(parse(text), made) and len(text) <= MAX_LENGTH
-    if kept is None:
-        assert len(text) > MAX_LENGTH * 0.9
-    else:
-        assert len(made.terms) == kept
-    assert [n for n, _ in made.terms] == list(weights)[-len(made.terms) :]
-    assert sum(w for _, w in made.terms) == pytest.approx(1.0, rel=1e-6)
-    (_, first), *_, (_, last) = made.terms
-    names_ = [n for n, _ in made.terms]
-    assert last / first == pytest.approx(weights[names_[-1]] / weights[names_[0]], rel=1e-6)
-
-
-@settings(max_examples=100)
-@given(st.lists(names, min_size=1, max_size=12, unique=True), st.integers(100, 400), st.randoms(use_true_random=False))
-def test_what_does_not_fit_is_cut_until_it_does(some, room, random):
-    terms = [(name, random.uniform(1e-12, 1)) for name in some]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "MAX_LENGTH", room)
-        made = with_terms(parse("auto @ svd(rank=4)"), terms)
-        assert made.terms and same(parse(str(made)), made)  # parse holds it to the limit
-    assert math.fsum(w for _, w in made.terms) == pytest.approx(math.fsum(w for _, w in terms), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [
-        ("0.5*a", "0.50*a", " .5 * a", '0.5*"a"', "0.5*a @ linear"),
-        ("a + 0.25*b", "0.250*b + a", "1.0*a+0.25*b"),
-        ("a + b @ ties", "b + a @ ties()", "a + b @ ties(density=0.20)", "a + b @ ties(space=delta)"),
-        ("a + b @ ties(density=0.3, rank=8)", "b + a @ ties(rank=8, density=0.30)"),
-    ],
-)
-def test_one_text_for_all_that_ask_for_the_same(texts):
-    made = [canonical(parse(text)) for text in texts]
-    assert len({str(m) for m in made}) == 1
-    assert all(m.bound.values == parse(t).bound.values for m, t in zip(made, texts, strict=True))
-
-
-def test_what_differs_keeps_its_own_text():
-    texts = ("a", "0.5*a", "-a", "a + b", "a - b", "a + b @ svd", "a + b @ ties(density=0.3)", "a + b @ ties(space=factors)",
-             "a + b @ ties(rank=8)", "a + b @ ties(rank=full)")  # fmt: skip
-    assert len({str(canonical(parse(text))) for text in texts}) == len(texts)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,10 @@ from helpers import close, logits, tiny_llama
 from loralloy.bank import Bank
 from loralloy.live import LiveModel
 from loralloy.live.paged import PagedModel
+from loralloy.serving import engine as engine_
+from loralloy.serving import memory
 from loralloy.serving.memory import keep_steady
+from loralloy.serving.sampling import Sampling
 from loralloy.weights import Weights
 
 # Buffers of 4 MiB are freed one by one, while small ones between them live: without a word to malloc they leave holes.
@@ -39,7 +44,68 @@ print(rss() - before)
 """
 
 
-@pytest.mark.skipif(not (sys.platform.startswith("linux") and keep_steady()), reason="needs glibc")
+# A stack of adapters that grows: each time a little too large for the hole that the last one left.
+HOLES = """
+import sys
+from loralloy.serving.memory import give_back, keep_steady
+keep_steady()
+def rss():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+before, kept = rss(), []
+for _ in range(2000):
+    hole = bytearray(b"x") * (100 << 10)
+    kept.append(bytearray(b"x") * 1000)
+    del hole
+    kept.append(bytearray(b"x") * (101 << 10))
+del kept[1::2]
+high = rss() - before
+given = give_back()
+print(high, rss() - before, given)
+"""
+
+glibc = pytest.mark.skipif(not (sys.platform.startswith("linux") and keep_steady()), reason="needs glibc")
+
+
+@glibc
+def test_holes_go_back():
+    done = subprocess.run(
+        [sys.executable, "-c", HOLES], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    high, left, given = done.stdout.split()
+    assert int(high) > 100 and given == "True"
+    assert int(left) < 40  # what is kept has 2 MiB
+
+
+def test_where_there_is_nothing_to_tell_it_is_said(monkeypatch):
+    monkeypatch.setattr(memory, "_glibc", lambda name: None)
+    assert (memory.give_back(), memory.keep_steady()) == (False, False)
+
+
+def test_memory_goes_back_while_rows_run_and_after(scheduler, monkeypatch):
+    """Every so often between two steps, and once when there is nothing left to do."""
+    calls, running = [], []
+    monkeypatch.setattr(engine_, "GIVE_BACK", 0.05)
+    monkeypatch.setattr(engine_, "give_back", lambda: calls.append(made.running))
+    made = engine_.Engine(scheduler)
+    scheduler.ends = set()
+    step = scheduler.step
+    monkeypatch.setattr(scheduler, "step", lambda: (time.sleep(0.02), step(), running.append(len(calls))))
+    made.start()
+
+    async def go():
+        with made.stream([[40, 41]], [Weights({"spam": 1.0})], [Sampling(max_tokens=20)]) as stream:
+            async for _ in stream:
+                pass
+        await asyncio.sleep(0.3)
+
+    asyncio.run(go())
+    busy = running[-1]
+    assert 2 <= busy < len(running) and set(calls[1:busy]) == {1}
+    assert len(calls) == busy + 1 and calls[-1] == 0  # once: nothing came since
+    made.stop()
+
+
+@glibc
 def test_freed_buffers_go_back():
     left = {}
     for how in ("steady", "default"):

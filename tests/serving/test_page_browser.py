@@ -206,6 +206,21 @@ def test_layers_as_a_heat_map(start, tiny):
     look.expect(look.page.get_by_role("alert")).to_contain_text("auto is composed for each request")
 
 
+def test_layers_of_weights_by_module(start, tiny):
+    look = start().open()
+    look.tab("Layers").click()
+    look.compose("Composition to measure", "[0.5, 2]*spam")
+    look.button("Show").click()
+    look.choose("Shown", "spam, mean weight 1.25")
+    last = look.page.locator("tbody tr").last.locator("td").first.inner_text()
+    assert float(last) == pytest.approx(2 * norm(tiny.bank["spam"]["model.layers.1.self_attn.q_proj"]), rel=0.06)
+    look.tab("Ask").click()
+    look.compose("Composition", "[0.5, 2]*spam")
+    look.ask(PROMPT)
+    look.answered()
+    look.expect(look.lane()).to_contain_text("spam: the bar is the mean")
+
+
 def test_from_an_answer_to_its_layers(start):
     look = start(index=False).open()
     look.expect(look.field("Composition")).to_have_value("cooking")  # there is no auto

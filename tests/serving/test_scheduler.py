@@ -188,3 +188,36 @@ def test_a_failing_model_ends_the_rows_and_not_the_scheduler(tiny, scheduler, mo
     scheduler.submit(again)
     drain(scheduler)
     assert told.end.finish == "length"
+
+
+def test_what_memory_held_before_is_never_seen(tiny, paged):
+    """Rows of different lengths join and leave while all new memory is full of NaN."""
+    scheduler = Scheduler(tiny.model, tiny.tokenizer, paged, max_rows=3)
+    scheduler.ends = set()
+    spy, made = Spy(scheduler), []
+    torch.use_deterministic_algorithms(True)  # then torch fills new memory with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        for i, length in enumerate((3, 17, 8, 25, 1)):
+            one = row(prompt(i, length), COMPOSITIONS[i], max_tokens=2 + 3 * (i % 2))
+            scheduler.submit(one[0])
+            made.append((one, COMPOSITIONS[i], prompt(i, length)))
+            scheduler.step()
+        drain(scheduler)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    check(tiny, spy, made)
+
+
+def test_the_bytes_of_the_rows_that_run(tiny, scheduler):
+    """As a gauge says them: keys and values [rows, heads, columns, d] of every layer; none without rows."""
+    config, scheduler.ends = tiny.model.config, set()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    one = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * head  # a token's, in float32
+    for length in (3, 9):
+        scheduler.submit(row(prompt(0, length), {"spam": 1.0}, max_tokens=5)[0])
+    assert scheduler.cache_bytes == 0
+    scheduler.step()
+    assert scheduler.cache_bytes == one * 2 * (9 + 1)
+    drain(scheduler)
+    assert scheduler.cache_bytes == 0

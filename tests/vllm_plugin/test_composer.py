@@ -17,7 +17,8 @@ from loralloy.adapter import Adapter
 from loralloy.bank import Bank
 from loralloy.errors import LoralloyError
 from loralloy.merging import get_rule, merge
-from loralloy.serving.grammar import MAX_LENGTH
+from loralloy.serving.by_module import weights_of
+from loralloy.serving.grammar import MAX_LENGTH, parse
 from loralloy.vllm_plugin.store import REPORT
 from loralloy.weights import Weights
 
@@ -40,6 +41,21 @@ def test_a_weighted_sum_is_exact_where_it_fits(compose):
     said = config(composed)
     assert (said["r"], said["lora_alpha"], said["use_rslora"], said["bias"]) == (8, 8, False, "none")
     assert said["rank_pattern"] == said["alpha_pattern"] == {} and said["modules_to_save"] is None
+
+
+def test_weights_by_module(compose):
+    composer = compose(rank=8)
+    composed = composer.compose('[0.5, 2]*a - {"*": 0.4}*b')
+    a, b = (delta(composer.bank[n]) for n in "ab")
+    weights = weights_of(composer.bank, parse("[0.5, 2]*a").terms)
+    for module, got in made(composed).items():
+        assert relative(got, weights.of("a", module) * a[module] - 0.4 * b[module]) < 1e-6
+    said = json.loads((composed.path / REPORT).read_text())
+    assert said["composition"] == '[0.5, 2.0]*a + {"*": -0.4}*b' and said["weights"]["b"] == -0.4
+    keys = [composer.compose(t).key for t in ("[0.5, 2]*a - 0.4*b", "[2, 0.5]*a - 0.4*b", "1.25*a - 0.4*b")]
+    assert keys[0] == composed.key and len(set(keys)) == 3
+    with pytest.raises(LoralloyError, match="filter 'nowhere' takes no module"):
+        composer.compose("[{filter: nowhere, value: 1}, {value: 0}]*a")
 
 
 def test_beyond_the_rank_it_is_cut_and_the_error_told(compose):

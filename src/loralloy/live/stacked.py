@@ -165,7 +165,12 @@ class Group:
         for i, part in enumerate(parts):
             end = at + len(part.columns)
             part.group, part.position, part.A = self, i, self.A[at:end]
-            slots.append(Slot(at, end, part.B.flatten(1).T))
+            out = part.B.flatten(1).T
+            if out.device.type == "cpu" and part.kind == "linear":
+                # R rows one after the other: on a CPU, for a few rows of x, up to twice as fast as R columns
+                out = out.contiguous()
+                part.B = out.T
+            slots.append(Slot(at, end, out))
             at = end
         self.slots = tuple(slots)
         self.layout = tuple(p.layout for p in parts), self.A.dtype, self.A.device
@@ -260,15 +265,21 @@ def grouped(parts: Mapping[str, Stacked]) -> list[Group]:
 
 def spread(groups: Iterable[Group], names: Sequence[str], rows: Sequence[Weights]) -> None:
     """Set each group's coefficients to these rows' weights of the adapters `names`, in the order of the stacks."""
-    by_module = any(row.per_module for row in rows)
     table = torch.tensor([[row.of(n) for n in names] for row in rows], dtype=torch.float64)
+    at = {n: i for i, n in enumerate(names)}
+    by_module = [
+        (r, at[n], value)
+        for r, row in enumerate(rows)
+        for n, value in row.coefficients.items()
+        if isinstance(value, Mapping) and n in at
+    ]
     known: dict[Any, Any] = {}  # a copy to the device waits for it: once, not once a module
     for group in groups:
         if by_module:
-            tables = [
-                torch.tensor([[row.of(n, p.name) for n in names] for row in rows], dtype=torch.float64)
-                for p in group.parts
-            ]
+            tables = [table.clone() for _ in group.parts]
+            for own, part in zip(tables, group.parts, strict=True):
+                for r, i, value in by_module:
+                    own[r, i] = value.get(part.name, value.get("*", 0.0))
             group.set(group.coefficients(tables))
             continue
         if group.layout not in known:

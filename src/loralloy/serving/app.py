@@ -18,9 +18,10 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..errors import LoralloyError
+from .by_module import WeightError
 from .compositions import NotFound
 from .engine import Busy, Stopping
-from .grammar import AUTO, BASE, GrammarError
+from .grammar import AUTO, BASE, Composition, GrammarError
 from .guard import Guard, error_body
 from .leaving import Gone, unless_gone
 from .page import add_page
@@ -38,6 +39,7 @@ from .schemas import (
 from .service import Service
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
+MAX_SAID = 4000  # characters of an error: it may quote what was sent
 _STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
@@ -94,7 +96,9 @@ def _openai(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """One model; a composition is one too."""
-        service.compositions.read(name)
+        asked = await service.compositions.asked(name)
+        if asked.by_module:  # whether they fit their adapters
+            await asyncio.to_thread(service.compositions.look, asked)
         return card(name)
 
     @app.post("/v1/completions", response_model=None, responses=_STREAM)  # type: ignore[arg-type]
@@ -129,7 +133,7 @@ def _own(app: FastAPI, service: Service) -> None:
     @app.post("/v1/compositions")
     async def composition(body: CompositionRequest) -> dict[str, Any]:
         """How a composition is read and how it stands; with `prepare`, it is merged now if it has to be."""
-        asked = service.compositions.read(body.model)
+        asked = await service.compositions.asked(await _what(body))
         if asked.auto:
             raise LoralloyError("auto is composed for each request; ask /v1/route for its weights")
         if not body.prepare:
@@ -142,7 +146,7 @@ def _own(app: FastAPI, service: Service) -> None:
     async def layers(body: LayersRequest, request: Request) -> LayersReport:
         """Where in the model a composition acts: the size of each adapter's part, and of the whole, by layer and projection."""
         try:
-            return await unless_gone(request, service.layers.measure(body.model, body.prepare))
+            return await unless_gone(request, service.layers.measure(await _what(body), body.prepare))
         except (asyncio.TimeoutError, TimeoutError):
             raise TooLate("measuring took too long") from None
 
@@ -162,6 +166,11 @@ def _own(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _what(body: CompositionRequest) -> str | Composition:
+    """What is asked for; fields may be many."""
+    return await asyncio.to_thread(lambda: body.asked) if body.weights else body.asked
 
 
 async def _reply(service: Service, body: CompletionRequest | ChatRequest, request: Request) -> Response:
@@ -201,6 +210,7 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(LoralloyError)
     async def wrong(_: Request, error: LoralloyError) -> JSONResponse:
         said = str(error)
+        said = said if len(said) <= MAX_SAID else said[: MAX_SAID - 3] + "..."
         if isinstance(error, Busy):
             return answer(429, said, "rate_limit_error", "overloaded", headers={"retry-after": str(error.retry_after)})
         if isinstance(error, Stopping):
@@ -215,6 +225,8 @@ def _answer_errors(app: FastAPI) -> None:
             return answer(
                 400, said, "invalid_request_error", "invalid_composition", param="model", position=error.position
             )
+        if isinstance(error, WeightError):
+            return answer(400, said, "invalid_request_error", "invalid_weights", param=error.place)
         return answer(400, said, "invalid_request_error")
 
     @app.exception_handler(RequestValidationError)

@@ -62,14 +62,16 @@ class RoomyLayer(DynamicLayer):
         self._place(self.keys[rows, :, start:], self.values[rows, :, start:], ROOM)
 
     def join(self, other: RoomyLayer) -> None:
-        a, b = self.keys.shape[-2], other.keys.shape[-2]
-        rows, columns = self.keys.shape[0] + other.keys.shape[0], max(a, b)
+        rows, columns = self.keys.shape[0] + other.keys.shape[0], max(self.keys.shape[-2], other.keys.shape[-2])
         made = []
         for mine, its in ((self.keys, other.keys), (self.values, other.values)):
-            # zeros: padding is masked, but what memory held before may be NaN, and 0 * NaN is NaN
-            storage = mine.new_zeros(rows, mine.shape[1], columns + ROOM, mine.shape[3])
-            storage[: len(mine), :, columns - a : columns] = mine
-            storage[len(mine) :, :, columns - b : columns] = its
+            # the room to the right is not touched: until it is used, its pages take no memory
+            storage = mine.new_empty(rows, mine.shape[1], columns + ROOM, mine.shape[3])
+            for t, part in ((mine, storage[: len(mine)]), (its, storage[len(mine) :])):
+                start = columns - t.shape[-2]
+                # zeros: padding is masked, but what memory held before may be NaN, and 0 * NaN is NaN
+                part[:, :, :start] = 0
+                part[:, :, start:columns] = t
             made.append(storage)
         self._keys, self._values = made
         self.keys, self.values = self._keys[:, :, :columns], self._values[:, :, :columns]
@@ -97,6 +99,11 @@ class RowCache:
     @property
     def layers(self) -> list[RoomyLayer]:
         return cast(list[RoomyLayer], self.cache.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the keys and values, without spare columns."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
 
     def grow(self) -> Tensor:
         """The mask with one more column, for each row's next token."""

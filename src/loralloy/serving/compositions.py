@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from ..errors import LoralloyError
 from ..merging import make_plan, run
 from ..weights import Weights
+from .by_module import weights_of
 from .engine import Busy
 from .grammar import AUTO, BASE, Composition, parse, with_terms
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ..bank import Bank
     from ..live.paged import PagedModel
 
+_LONG = 16384  # characters that are read in some 20 ms
 Cache = Literal["live", "hit", "merged", "cold"]
 
 
@@ -38,6 +40,7 @@ class Ready:
     Attributes:
         composition: with the routed terms in the place of `auto`.
         weights: of the adapters in the live model: the bank's, or the one merged adapter.
+        given: the composition's own, each for every module of its adapter where it differs.
         cache: "live" (no merge needed), "hit" (merged before), "merged" (now), "cold" (not merged yet).
         error: ||dW - dW_exact|| / ||dW_exact|| of the merge; 0 for live ones.
         key: of the merged adapter; None for live ones.
@@ -45,6 +48,7 @@ class Ready:
 
     composition: Composition
     weights: Weights
+    given: Weights
     cache: Cache
     space: str
     rank: str
@@ -55,6 +59,7 @@ class Ready:
 @dataclass(eq=False)
 class _Merged:
     composition: Composition
+    given: Weights
     name: str  # in the live model
     error: float
     size: int
@@ -99,20 +104,27 @@ class Compositions:
         self._pool = ThreadPoolExecutor(1, "merger")
         self.evicted = 0
 
-    def read(self, text: str) -> Composition:
-        """A request's `model`: an adapter's exact name, or a composition in the grammar.
+    def read(self, asked: str | Composition) -> Composition:
+        """A request's `model`: an adapter's exact name, or a composition in the grammar; or one that was read elsewhere.
 
         Raises GrammarError, and NotFound for an adapter that is not in the bank.
         """
-        if text in self.bank and text not in (AUTO, BASE):
+        text = asked if isinstance(asked, str) else None
+        if text is not None and text in self.bank and text not in (AUTO, BASE):
             return Composition(((text, 1.0),))
-        made = parse(text)
+        made = asked if isinstance(asked, Composition) else parse(asked)
         for name, _ in made.terms:
             if name not in self.bank:
                 known = ", ".join(self.bank.names[:20]) + (", ..." if len(self.bank) > 20 else "")
                 shown = name if len(name) <= 200 else name[:197] + "..."
                 raise NotFound(f"there is no adapter {shown!r} in this bank; it has {known}")
         return made
+
+    async def asked(self, what: str | Composition) -> Composition:
+        """:meth:`read`; in a thread what takes longer than others should wait."""
+        if isinstance(what, str) and len(what) > _LONG:
+            return await asyncio.to_thread(self.read, what)
+        return self.read(what)
 
     @asynccontextmanager
     async def use(
@@ -125,12 +137,13 @@ class Compositions:
         """
         filled = self.fill(composition, routed)
         if filled.live:
-            yield self._live(filled)
+            # what a weight by module means is read from the adapters
+            yield await asyncio.to_thread(self._live, filled) if filled.by_module else self._live(filled)
             return
         # hashing reads the adapters, the first time
         key = await asyncio.get_running_loop().run_in_executor(None, self.key, filled)
         if not merge and key not in self._kept:
-            yield self._cold(filled, key)
+            yield await asyncio.to_thread(self._cold, filled, key)
             return
         entry, cache = await self._merged(filled, key)
         try:
@@ -168,24 +181,30 @@ class Compositions:
     def key(self, composition: Composition) -> str:
         """A hash of all that the merged adapter depends on."""
         space, rank = _settled(composition)
-        terms = sorted([self.bank[name].content_hash, weight] for name, weight in composition.terms)
-        said = json.dumps([1, terms, str(composition.bound), space, rank])
+        weights = weights_of(self.bank, composition.terms)
+        terms = sorted(
+            ([self.bank[name].content_hash, weight] for name, weight in weights.to_dict()["weights"].items()),
+            key=lambda term: (term[0], json.dumps(term[1], sort_keys=True)),
+        )
+        said = json.dumps([1, terms, str(composition.bound), space, rank], sort_keys=True)
         return "merged:" + hashlib.sha256(said.encode()).hexdigest()[:32]
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _live(self, composition: Composition) -> Ready:
-        weights = Weights(dict(composition.terms) or dict.fromkeys(self.bank.names[:1], 0.0))
-        return Ready(composition, weights, "live", "delta", "full")
+        terms = composition.terms or tuple((name, 0.0) for name in self.bank.names[:1])
+        weights = weights_of(self.bank, terms)
+        return Ready(composition, weights, weights, "live", "delta", "full")
 
     def _ready(self, composition: Composition, key: str, entry: _Merged, cache: Cache) -> Ready:
         space, rank = _settled(composition)
-        return Ready(composition, Weights({entry.name: 1.0}), cache, space, rank, entry.error, key)
+        return Ready(composition, Weights({entry.name: 1.0}), entry.given, cache, space, rank, entry.error, key)
 
     def _cold(self, composition: Composition, key: str) -> Ready:
         space, rank = _settled(composition)
-        return Ready(composition, Weights({BASE: 0.0}), "cold", space, rank, None, key)
+        given = weights_of(self.bank, composition.terms)
+        return Ready(composition, Weights({BASE: 0.0}), given, "cold", space, rank, None, key)
 
     async def _merged(self, composition: Composition, key: str) -> tuple[_Merged, Cache]:
         cache: Cache = "hit"
@@ -216,7 +235,7 @@ class Compositions:
 
     def _merge_now(self, key: str, composition: Composition) -> _Merged:
         start = time.perf_counter()
-        weights = Weights(dict(composition.terms))
+        weights = weights_of(self.bank, composition.terms)
         plan = make_plan(self.bank, weights, composition.bound, composition.space, composition.rank, name=key)  # type: ignore[arg-type]
         if plan.bytes_out > self.max_bytes:
             raise LoralloyError(
@@ -225,7 +244,7 @@ class Compositions:
             )
         made = run(plan, self.bank)
         # a number, since one let go of under this key may still be in the model for a moment
-        entry = _Merged(composition, f"{key}#{next(self._numbers)}", made.report.error, plan.bytes_out)
+        entry = _Merged(composition, weights, f"{key}#{next(self._numbers)}", made.report.error, plan.bytes_out)
         self.live.add(made.adapter, entry.name)
         try:
             self.live.load(entry.name)  # here, not in the decoder's time

@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from ..errors import LoralloyError
 from ..weights import Weights
-from .memory import keep_steady
+from .memory import give_back, keep_steady
 from .sampling import Sampling
 from .scheduler import Event, Row, Scheduler
+
+GIVE_BACK = 5.0  # seconds between two looks for memory to give back
 
 
 class Busy(LoralloyError):
@@ -67,6 +69,7 @@ class Engine:
         self._arrived: deque[Row] = deque()
         self._taken: deque[float] = deque(maxlen=64)  # when rows were done lately
         self._closing, self._dead, self._deadline = False, "", 0.0
+        self._given, self._stepped = 0.0, False  # when memory was last given back; whether there may be more
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self.cancelled = 0
 
@@ -85,6 +88,11 @@ class Engine:
     @property
     def running(self) -> int:
         return len(self.scheduler.running)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values of the rows that run."""
+        return self.scheduler.cache_bytes
 
     def check(self, rows: int) -> None:
         """Raise Busy when so many more rows cannot wait, Stopping when none can."""
@@ -155,12 +163,17 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(seconds + 60)
 
+    def _give_back(self) -> None:
+        give_back()
+        self._given, self._stepped = time.monotonic(), False
+
     def _run(self) -> None:
         try:
             while True:
                 with self._wake:
                     while not self._arrived and self.scheduler.idle and not self._closing:
-                        self._wake.wait()
+                        if not self._wake.wait(GIVE_BACK if self._stepped else None):
+                            self._give_back()
                     arrived = list(self._arrived)
                     self._arrived.clear()
                 for row in arrived:
@@ -168,6 +181,9 @@ class Engine:
                 if self._closing and (self.scheduler.idle or time.monotonic() > self._deadline):
                     break
                 self.scheduler.step()
+                self._stepped = True
+                if time.monotonic() > self._given + GIVE_BACK:
+                    self._give_back()
         except BaseException as error:  # a fault of ours: say so to all, instead of letting them wait
             self._dead = f"the decoder has died: {type(error).__name__}: {error}"
             raise

@@ -2,11 +2,15 @@
 
     composition = choice [ "@" rule ]
     choice      = "auto" | "base" | [ sign ] term { sign term }
-    term        = [ number "*" ] name
+    term        = [ weight "*" ] name
+    weight      = number | "[" item { "," item } "]" | "{" word ":" item { "," word ":" item } "}"
+    item        = [ sign ] number | word | weight
     rule        = word [ "(" [ word "=" value { "," word "=" value } ] ")" ]
-    name        = letters, digits, "_", and single ".", "-", "/" between them | '"' any text, \\" and \\\\ escaped '"'
+    word, name  = letters, digits, "_", and single ".", "-", "/" between them | '"' any text, \\" and \\\\ escaped '"'
     value       = [ sign ] number | word
 
+A weight by module has the forms of a recipe (:mod:`loralloy.layerwise`): ``[0.2, 0.8]*piqa`` is a gradient from the first
+layer to the last, ``[{filter: q_proj, value: 0.9}, {value: 0.2}]*piqa`` has filters, ``{"*": 0.3, lm_head: 0}*piqa`` modules.
 ``auto`` asks the router; ``base`` is the base model alone; a quoted name is always an adapter's. Besides the rule's own
 parameters, `space` and `rank` may be given: ``0.6*piqa + 0.4*csqa @ ties(density=0.2, space=delta, rank=16)``. A minus
 touches the name after it (``a -b``) or stands free (``a - b``): ``a-b`` is one name.
@@ -14,35 +18,35 @@ touches the name after it (``a -b``) or stands free (``a - b``): ``a-b`` is one 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from ..errors import LoralloyError
+from ..layerwise import SpecError
 from ..merging import Rule, get_rule
-from ..merging.engine import Rank
+from .by_module import MAX_ENTRIES, MAX_WEIGHT, ByModule
+from .composition import AUTO, BASE, MAX_TERMS, Composition, Weight, canonical, quoted, said_terms, with_terms
 
-AUTO, BASE = "auto", "base"
-MAX_LENGTH, MAX_TERMS, MAX_WEIGHT = 32768, 1024, 1e6
+__all__ = [
+    "AUTO", "BASE", "MAX_LENGTH", "MAX_TERMS", "MAX_WEIGHT", "Composition", "GrammarError", "Weight", "canonical", "parse",
+    "quoted", "said_terms", "with_terms",
+]  # fmt: skip
 
-_AROUND = len(" + ") + len("1.17549435e-38*")  # characters of a term, at most, besides its name
+MAX_LENGTH = 1 << 18
+_DEEPEST = 4
 
 _TOKEN = re.compile(
     r"""\s*(?:
       (?P<number>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)
     | (?P<name>[^\W\d]\w*(?:[./-]\w+)*)
     | "(?P<quoted>(?:[^"\\]|\\["\\])*)"
-    | (?P<sign>[*+@(),=-])
+    | (?P<sign>[*+@(),=:{}\[\]-])
     | (?P<end>\Z)
     | (?P<other>.)
     )""",
     re.VERBOSE | re.DOTALL,
 )
-_BARE = re.compile(r"[^\W\d]\w*(?:[./-]\w+)*")
 
 
 class GrammarError(LoralloyError):
@@ -54,101 +58,6 @@ class GrammarError(LoralloyError):
         self.position = position
 
 
-@dataclass(frozen=True)
-class Composition:
-    """A composition as it was asked for, before any bank has been seen. ``str()`` gives its one canonical text.
-
-    Attributes:
-        terms: (adapter, weight), in the order given; empty for the base model alone, and under `auto`.
-        auto: the router chooses the terms.
-        rule, arguments: the rule's name and the parameters given, by name, checked against the rule.
-        space, rank: None for the rule's default.
-    """
-
-    terms: tuple[tuple[str, float], ...] = ()
-    auto: bool = False
-    rule: str = "linear"
-    arguments: tuple[tuple[str, Any], ...] = ()
-    space: str | None = None
-    rank: Rank | None = None
-
-    @property
-    def bound(self) -> Rule:
-        """The rule with its parameters."""
-        return get_rule(self.rule)(**dict(self.arguments))
-
-    @property
-    def live(self) -> bool:
-        """Whether it is a weighted sum of dW, which needs no merge: `linear` and `cat` in delta space, not cut."""
-        return self.rule in ("linear", "cat") and self.space in (None, "delta") and self.rank in (None, "full")
-
-    def __str__(self) -> str:
-        given = [*self.arguments, *((k, v) for k, v in (("space", self.space), ("rank", self.rank)) if v is not None)]
-        inner = ", ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in given)
-        rule = f" @ {self.rule}({inner})" if inner else f" @ {self.rule}" if self.rule != "linear" else ""
-        return (AUTO if self.auto else said_terms(self.terms)) + rule
-
-
-def said_terms(terms: Iterable[tuple[str, float]]) -> str:
-    """``0.6*piqa - csqa``; names are quoted where they would not be read back."""
-    text = ""
-    for name, weight in terms:
-        negative = math.copysign(1, weight) < 0
-        sign = ("-" if negative else "") if not text else " - " if negative else " + "
-        text += sign + ("" if abs(weight) == 1 else f"{abs(weight)!r}*") + quoted(name)
-    return text or BASE
-
-
-def quoted(name: str) -> str:
-    """An adapter's name as the grammar reads it."""
-    if _BARE.fullmatch(name) and name not in (AUTO, BASE):
-        return name
-    return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def with_terms(asked: Composition, weights: Iterable[tuple[str, float]]) -> Composition:
-    """`asked`, an ``auto``, with routed weights in their order; the base model alone where none is left.
-
-    Its text is one that :func:`parse` takes: where the terms would be more than MAX_TERMS, or the text longer than
-    MAX_LENGTH, the smallest go, and the others are scaled to the sum that all had, as the router's nucleus does. Each weight
-    is the number of fewest digits with its float32: the text stays short, and reads back as the same composition.
-    """
-    terms = tuple((name, w) for name, w in weights if w)
-    if len(terms) > MAX_TERMS or len(str(_shortened(asked, terms))) > MAX_LENGTH:
-        terms = _fitting(asked, terms)
-    return _shortened(asked, terms)
-
-
-def _shortened(asked: Composition, terms: Iterable[tuple[str, float]]) -> Composition:
-    short = tuple((name, w) for name, value in terms if (w := float(str(np.float32(value)))))
-    return replace(asked, auto=False, terms=short) if short else Composition()
-
-
-def _fitting(asked: Composition, terms: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
-    """The largest terms that the grammar takes together, in the order given, with the sum that all had (weights below 0
-    have no mass to share out: with them the others stay as they are)."""
-    room = MAX_LENGTH - len(str(replace(asked, auto=False, terms=())))
-    kept: set[str] = set()
-    for name, _ in sorted(terms, key=lambda term: -abs(term[1]))[:MAX_TERMS]:
-        room -= len(quoted(name)) + _AROUND
-        if room < 0:
-            break
-        kept.add(name)
-    most = [(name, w) for name, w in terms if name in kept]
-    share = 1.0
-    if most and all(w > 0 for _, w in terms):
-        share = math.fsum(w for _, w in terms) / math.fsum(w for _, w in most)
-    return tuple((name, w * share) for name, w in most)
-
-
-def canonical(asked: Composition) -> Composition:
-    """One composition for all that ask for one merge: terms by name, and nothing said that holds anyway."""
-    rule = get_rule(asked.rule)
-    given = tuple((k, v) for k, v in asked.arguments if v != rule.values[k])
-    space = None if asked.space == rule.spaces[0] else asked.space
-    return replace(asked, terms=tuple(sorted(asked.terms)), arguments=given, space=space)
-
-
 def parse(text: str) -> Composition:
     """Read a composition. Raises GrammarError with the position of what is wrong and what was expected there."""
     if len(text) > MAX_LENGTH:
@@ -158,7 +67,7 @@ def parse(text: str) -> Composition:
 
 class _Parser:
     def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+        self.text, self.at, self.entries = text, 0, 0
         self.next()
 
     def next(self) -> None:
@@ -196,15 +105,14 @@ class _Parser:
             raise self.expected("the end" if made.rule != "linear" else "'+', '-', '@' or the end")
         return made
 
-    def terms(self) -> tuple[tuple[str, float], ...]:
-        terms: dict[str, float] = {}
+    def terms(self) -> tuple[tuple[str, Weight], ...]:
+        terms: dict[str, Weight] = {}
         sign = 1.0
         if self.sees("+") or self.sees("-"):
             sign = self.sign()
         while True:
-            start, weight = self.start, sign
-            if self.kind == "number":
-                weight *= self.number()
+            start, weight = self.start, self.weight(sign)
+            if self.start > start:
                 if not self.sees("*"):
                     raise self.expected("'*' and an adapter's name")
                 self.next()
@@ -214,18 +122,90 @@ class _Parser:
                 raise self.expected(
                     "an adapter's name" if terms or self.start > start else "an adapter's name or a weight"
                 )
-            name = re.sub(r'\\(["\\])', r"\1", self.value) if self.kind == "quoted" else self.value
+            at, name = self.start, self.word("an adapter's name")
             if not name:
-                raise self.error("the name is empty")
+                raise self.error("the name is empty", at)
             if name in terms:
-                raise self.error(f"adapter {name!r} is named twice; add its weights up")
+                raise self.error(f"adapter {name!r} is named twice; add its weights up", at)
             terms[name] = weight
             if len(terms) > MAX_TERMS:
-                raise self.error(f"a composition has at most {MAX_TERMS} adapters")
-            self.next()
+                raise self.error(f"a composition has at most {MAX_TERMS} adapters", at)
             if not (self.sees("+") or self.sees("-")):
                 return tuple(terms.items())
             sign = self.sign()
+
+    def weight(self, sign: float) -> Weight:
+        """What stands before a name, times `sign`; nothing is 1."""
+        if self.kind == "number":
+            return sign * self.number()
+        if not (self.sees("[") or self.sees("{")):
+            return sign
+        places: dict[tuple[int | str, ...], int] = {}
+        try:
+            made = ByModule.of(self.item((), places), sign)
+        except SpecError as error:
+            at = error.at
+            while at not in places:  # what is missing stands nowhere
+                at = at[:-1]
+            raise self.error(str(error), places[at]) from None
+        assert isinstance(made, ByModule)
+        self.entries += made.entries
+        if self.entries > MAX_ENTRIES:
+            raise self.error(f"a composition has at most {MAX_ENTRIES} entries with filters", places[()])
+        return made
+
+    def item(self, at: tuple[int | str, ...], places: dict[tuple[int | str, ...], int]) -> Any:
+        """A part of a weight by module; `places` gets where each stands."""
+        places[at] = self.start
+        if len(at) > _DEEPEST:
+            raise self.error("the weight is nested too deeply")
+        if self.sees("["):
+            items: list[Any] = []
+            self.next()
+            while not self.sees("]"):
+                items.append(self.item((*at, len(items)), places))
+                self.comma("]")
+            self.next()
+            return items
+        if self.sees("{"):
+            fields: dict[str, Any] = {}
+            self.next()
+            while not self.sees("}"):
+                start, key = self.start, self.word("a field, or a module's name")
+                if key in fields:
+                    raise self.error(f"{key!r} is given twice", start)
+                if not self.sees(":"):
+                    raise self.expected("':'")
+                self.next()
+                fields[key] = self.item((*at, key), places)
+                self.comma("}")
+            self.next()
+            return fields
+        sign = self.sign() if self.sees("-") or self.sees("+") else None
+        if self.kind == "number":
+            layer = sign is None and self.value.isdigit()  # a whole number may be one
+            value = self.number() * (sign or 1.0)
+            return int(value) if layer else value
+        if sign is not None:
+            raise self.expected("a number")
+        return self.word("a number, '[', '{' or a word")
+
+    def comma(self, end: str) -> None:
+        """After an item: a comma and another, or the end."""
+        if self.sees(","):
+            self.next()
+            if self.sees(end):
+                raise self.expected("another after the comma")
+        elif not self.sees(end):
+            raise self.expected(f"',' or {end!r}")
+
+    def word(self, what: str) -> str:
+        """A name, bare or in quotes."""
+        if self.kind not in ("name", "quoted"):
+            raise self.expected(what)
+        value = re.sub(r'\\(["\\])', r"\1", self.value) if self.kind == "quoted" else self.value
+        self.next()
+        return str(value)
 
     def sign(self) -> float:
         value = -1.0 if self.value == "-" else 1.0

@@ -75,12 +75,12 @@ class LayerNorms:
         self._pool = ThreadPoolExecutor(1, "layers")
         self._open = 0
 
-    async def measure(self, model: str, prepare: bool = False) -> LayersReport:
+    async def measure(self, model: str | Composition, prepare: bool = False) -> LayersReport:
         """The norms of a composition's parts and of what answers under it; a merge is made only with `prepare`.
 
         Raises what the grammar, the bank and the merge raise, Busy when too many wait, TimeoutError.
         """
-        asked = self.compositions.read(model)
+        asked = await self.compositions.asked(model)
         if asked.auto:
             raise LoralloyError("auto is composed for each request; give the composition that an answer names")
         if self._open >= self.max_waiting:
@@ -103,12 +103,14 @@ class LayerNorms:
     def _report(self, ready: Ready, gone: Callable[[], bool]) -> LayersReport:
         bank, terms = self.compositions.bank, ready.composition.terms
         grid = Grid.of(dict.fromkeys(m for name, _ in terms for m in bank[name]))
+        parts = {name: weight.spec for name, weight in ready.composition.by_module.items()}
         norms: dict[str, dict[str, float]] = {name: {} for name, _ in terms}
         total: dict[str, float] = {}
         for module in grid.cells:
             if gone():
                 raise TimeoutError
-            present = [(name, w, bank[name][module]) for name, w in terms if module in bank[name]]
+            having = [name for name, _ in terms if module in bank[name]]
+            present = [(name, ready.given.of(name, module), bank[name][module]) for name in having]
             for name, w, f in present:
                 norms[name][module] = abs(w) * math.sqrt(max(0.0, inner(f, f)))
             if ready.cache == "live":
@@ -121,7 +123,10 @@ class LayerNorms:
             cache=ready.cache,
             layers=grid.layers,
             projections=grid.projections,
-            adapters=[LayerPart(adapter=name, weight=w, norms=grid.table(norms[name])) for name, w in terms],
+            adapters=[
+                LayerPart(adapter=n, weight=ready.given.of(n), by_module=parts.get(n), norms=grid.table(norms[n]))
+                for n, _ in terms
+            ],
             total=None if ready.cache == "cold" else grid.table(total),
         )
 

@@ -51,6 +51,7 @@ class Metrics:
             ("rows_running", "Rows in the batch.", lambda: engine.running),
             ("rows_waiting", "Rows that wait for a place.", lambda: engine.waiting),
             ("rows_cancelled", "Rows whose client left.", lambda: engine.cancelled),
+            ("cache_bytes", "Keys and values of the rows in the batch.", lambda: engine.cache_bytes),
             ("merged_bytes", "Merged compositions kept.", lambda: compositions.size),
             ("merged_evicted", "Merged compositions let go of.", lambda: compositions.evicted),
             ("adapters_loaded", "Adapters in memory.", lambda: len(compositions.live.loaded)),

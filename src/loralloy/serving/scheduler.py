@@ -120,6 +120,11 @@ class Scheduler:
         positions = getattr(self.model.config, "max_position_embeddings", None)
         return min(self.cache_tokens, positions or self.cache_tokens)
 
+    @property
+    def cache_bytes(self) -> int:
+        rows = self._rows
+        return 0 if rows is None else rows.nbytes
+
     def check(self, row: Row) -> None:
         """Raise LoralloyError for a row that could never run."""
         if not row.prompt:

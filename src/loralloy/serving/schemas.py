@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from .grammar import MAX_LENGTH
+from ..errors import LoralloyError
+from .composition import MAX_TERMS, Composition, from_fields
+from .grammar import MAX_LENGTH, parse
 
 MAX_TEXT = 200_000  # characters of a prompt; the model's own limit is in tokens
 MAX_PROMPTS, MAX_CHOICES, MAX_STOPS, MAX_MESSAGES = 32, 8, 4, 256
@@ -150,8 +152,42 @@ class RouteRequest(Strict):
 
 
 class CompositionRequest(Strict):
-    model: Model
+    """A composition as text, or in the fields of a recipe: the `weights` that a weights file has too."""
+
+    model: Model | None = None
+    weights: dict[str, Any] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_TERMS,
+        description="By adapter: a number, a gradient, entries with filters, or a number by module.",
+    )
+    rule: Annotated[str, Field(max_length=100)] | Annotated[dict[str, Any], Field(max_length=32)] | None = Field(
+        None, description='A name, or {"name": "ties", "density": 0.2}.'
+    )
+    space: str | None = Field(None, max_length=100)
+    rank: int | Annotated[str, Field(max_length=100)] | None = None
     prepare: bool = Field(False, description="Merge it now, if it needs a merge.")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> CompositionRequest:
+        if (self.model is None) == (self.weights is None):
+            raise ValueError("give one of model, as text, and weights, by adapter")
+        if self.model is not None and any(value is not None for value in (self.rule, self.space, self.rank)):
+            raise ValueError("rule, space and rank go with weights; in model they stand behind an @")
+        return self
+
+    @property
+    def asked(self) -> str | Composition:
+        """What was asked for. Raises LoralloyError for weights or a rule that cannot be read."""
+        if self.weights is None:
+            return str(self.model)
+        made = from_fields(self.weights, self.rule or "linear", self.space, self.rank)
+        text = str(made)
+        if len(text) > MAX_LENGTH:
+            raise LoralloyError(
+                f"weights: as text they have more than {MAX_LENGTH} characters, and no request could name them"
+            )
+        return parse(text)  # as it is read from what the answer says
 
 
 class LayersRequest(CompositionRequest):
@@ -181,7 +217,10 @@ class Composed(BaseModel):
     """What answered: the response's extra field `loralloy`."""
 
     composition: str = Field(description="In the grammar; given as a model, it asks for the same again.")
-    weights: dict[str, float]
+    weights: dict[str, float] = Field(description="Of a weight by module the mean over the adapter's modules.")
+    by_module: dict[str, Any] | None = Field(
+        None, description="The weights that differ from module to module, as asked for."
+    )
     rule: str
     space: str
     rank: str | None = None
@@ -201,7 +240,8 @@ class LayerPart(BaseModel):
     """What one adapter brings: ||w dW||_F."""
 
     adapter: str
-    weight: float
+    weight: float = Field(description="Of a weight by module the mean over the adapter's modules.")
+    by_module: Any = Field(None, description="The weight as asked for, where it differs from module to module.")
     norms: Table
 
 

@@ -121,7 +121,8 @@ class Service:
         c = ready.composition
         return Composed(
             composition=str(c),
-            weights=dict(c.terms),
+            weights={name: ready.given.of(name) for name, _ in c.terms},
+            by_module={name: weight.spec for name, weight in c.by_module.items()} or None,
             rule=str(c.bound),
             space=ready.space,
             rank=ready.rank,
@@ -142,7 +143,7 @@ class Service:
         start, n = time.perf_counter(), request.n or 1
         texts = [request.question] if isinstance(request, ChatRequest) else self._texts(request)
         self.engine.check(n * len(texts))  # before any work is done
-        composition = self.compositions.read(request.model)
+        composition = await self.compositions.asked(request.model)
         routed: list[Weights | None] = [None] * len(texts)
         if composition.auto:
             routed = list(await self.route(texts))
@@ -181,8 +182,8 @@ class Service:
                 f"template {wanted!r} is looked up in an index, which this server does not have; leave it out"
             )
         tasks = self.routing.weigher.index.tasks
-        terms = dict(ready.composition.terms)
-        name = max(terms, key=lambda t: terms[t], default=None) if wanted == "auto" else wanted
+        terms = [name for name, _ in ready.composition.terms]
+        name = max(terms, key=ready.given.of, default=None) if wanted == "auto" else wanted
         if name not in tasks:
             if wanted == "auto":
                 return text, None

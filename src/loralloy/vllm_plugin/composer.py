@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LoralloyError
 from ..formats import peft_key
+from ..serving.by_module import weights_of
 from ..serving.grammar import AUTO, BASE, Composition, parse
 from .store import REPORT, Store
 
@@ -127,7 +128,6 @@ class Composer:
     def plan(self, made: Composition) -> Plan:
         """What a merge of it will do. Raises LoralloyError for what vLLM could not load, or the rule not merge."""
         from ..merging import make_plan
-        from ..weights import Weights
 
         for name, _ in made.terms:
             _check_loadable(self.bank[name])
@@ -138,12 +138,19 @@ class Composer:
         rank: Any = self.rank if made.rank in (None, "full") else made.rank
         if rank == "max":
             rank = min(self.rank, max(self.bank[name].max_rank for name, _ in made.terms))
-        return make_plan(self.bank, Weights(dict(made.terms)), made.bound, made.space, rank, self.dtype, name=str(made))  # type: ignore[arg-type]
+        weights = weights_of(self.bank, made.terms)
+        return make_plan(self.bank, weights, made.bound, made.space, rank, self.dtype, name=str(made))  # type: ignore[arg-type]
 
     def key(self, plan: Plan) -> str:
         """A hash of all that the merged adapter depends on: the adapters' contents, weights, rule, space, rank, dtype."""
-        terms = sorted([p.content_hash, plan.weights.coefficients[p.name]] for p in plan.parents)
-        said = json.dumps(["vllm", 1, terms, str(plan.rule), plan.space, str(plan.rank), str(plan.dtype)])
+        weights = plan.weights.to_dict()["weights"]
+        terms = sorted(
+            ([p.content_hash, weights[p.name]] for p in plan.parents),
+            key=lambda term: (term[0], json.dumps(term[1], sort_keys=True)),
+        )
+        said = json.dumps(
+            ["vllm", 1, terms, str(plan.rule), plan.space, str(plan.rank), str(plan.dtype)], sort_keys=True
+        )
         return hashlib.sha256(said.encode()).hexdigest()[:32]
 
     def alone(self, made: Composition) -> Composed | None:
@@ -172,7 +179,7 @@ class Composer:
             "version": 1,
             "key": key,
             "composition": str(made),
-            "weights": dict(made.terms),
+            "weights": plan.weights.to_dict()["weights"],
             "rule": str(plan.rule),
             "space": plan.space,
             "rank": done.adapter.max_rank,

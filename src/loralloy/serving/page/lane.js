@@ -78,7 +78,9 @@ export const Lane = {
     const facts = computed(() => {
       const t = told.value;
       if (!t) return [];
+      const some = Object.keys(t.by_module || {});
       return [
+        ["by module", some.length ? `${some.join(", ")}: the bar is the mean` : undefined],
         ["rule", t.rule],
         ["space", t.space],
         ["rank", t.rank],

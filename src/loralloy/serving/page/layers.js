@@ -38,7 +38,8 @@ export const Layers = {
     const choices = computed(() => {
       const r = report.value;
       if (!r) return [];
-      const parts = r.adapters.map((a) => ({ value: a.adapter, label: `${a.adapter}, weight ${number(a.weight)}` }));
+      const said = (a) => `${a.by_module ? "mean weight" : "weight"} ${number(a.weight)}`;
+      const parts = r.adapters.map((a) => ({ value: a.adapter, label: `${a.adapter}, ${said(a)}` }));
       return [...(r.total ? [{ value: "", label: "the whole composition" }] : []), ...parts];
     });
     const table = computed(() => {
