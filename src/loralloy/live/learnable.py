@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..base_ref import BaseRef, compare
 from ..errors import LoralloyError
 from ..factors import norm
-from ..merging.basis import Basis, learnable, make_basis
+from ..merging.basis import Basis, State, learnable, make_basis
+from ..merging.together import Together
 from ..weights import Weights
 from .fit import check_fit, check_saved_modules, packed
 
@@ -35,24 +36,24 @@ class _Module:
     module: nn.Module
     kind: str
     basis: Basis
-    w: Tensor | None = None  # set where the factors act beside the base
+    state: State | None = None  # set where the factors act beside the base
     merged: Tensor | None = None  # set where the module's weight is W0 + dW
 
-    def merge(self, w: Tensor) -> None:
+    def merge(self, state: State) -> None:
         """Shadow the parameter: an instance's attribute is found before its parameter, which stays as it is."""
         weight = self.module._parameters["weight"]
         assert weight is not None
         turned = self.kind == "embedding" or type(self.module).__name__ == "Conv1D"  # W0 is stored as [in, out]
         base = weight.detach()
         base = base.T if turned else base.flatten(1)
-        total = self.basis.combine(w.to(base.device), base)
+        total = self.basis.sum(state, base)
         self.put((None, total.T if turned else total.view(weight.shape)))
 
-    def put(self, state: tuple[Tensor | None, Tensor | None]) -> None:
-        """Compute with this (w, merged) from now on; (None, None) is the base."""
+    def put(self, state: tuple[State | None, Tensor | None]) -> None:
+        """Compute with this (state, merged) from now on; (None, None) is the base."""
         if self.merged is not None:
             self.module.__dict__.pop("weight", None)
-        self.w, self.merged = state
+        self.state, self.merged = state
         if self.merged is not None:
             self.module.__dict__["weight"] = self.merged
 
@@ -63,9 +64,7 @@ class _Module:
         return shadow is not None and shadow is not self.merged
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self.w is None:
-            return None
-        return output + self.basis.apply(args[0], self.w).to(output.dtype)
+        return None if self.state is None else self.basis.beside(args[0], self.state, output)
 
 
 class Learnable:
@@ -128,16 +127,22 @@ class Learnable:
         weights = {name: found[name].weight for name in self.modules}
         self._parts: list[_Module] = []
         self._handles: list[Any] = []
-        bases: dict[str, Basis] = {}
-        places = {name: (w.device, self._dtype(w, dtype)) for name, w in weights.items()}
-        for place in dict.fromkeys(places.values()):
-            here = [name for name, own in places.items() if own == place]
-            bases |= make_basis(bank, here, self.rule, self.space, dtype=place[1], device=place[0], on_module=on_module)
-        for name in self.modules:
-            kind = next(a.outline(name).kind for a in bank.values() if name in a)
-            part = _Module(found[name], kind, bases[name])
-            self._parts.append(part)
-            self._handles.append(found[name].register_forward_hook(part.hook))
+        self._together: list[tuple[Tensor, Together]] = []
+        kinds = [next(a.outline(name).kind for a in bank.values() if name in a) for name in self.modules]
+        places = [(weights[name].device, self._dtype(weights[name], dtype)) for name in self.modules]
+        parts: dict[int, _Module] = {}
+        for place in dict.fromkeys(places):
+            here = [j for j, own in enumerate(places) if own == place]
+            names = [self.modules[j] for j in here]
+            made = make_basis(bank, names, self.rule, self.space, dtype=place[1], device=place[0], on_module=on_module)
+            bases = [made.pop(name) for name in names]
+            together = Together(bases, len(self.names), [kinds[j] == "linear" for j in here])
+            self._together.append((torch.tensor(here), together))
+            for j, name, basis in zip(here, names, together.bases, strict=True):
+                parts[j] = _Module(found[name], kinds[j], basis)
+        for j in range(len(self.modules)):
+            self._parts.append(parts[j])
+            self._handles.append(parts[j].module.register_forward_hook(parts[j].hook))
 
     def _check(self, name: str, module: nn.Module | None) -> None:
         owner = next(n for n in self.names if name in self.bank[n])
@@ -213,22 +218,30 @@ class Learnable:
             )
         flows = torch.is_grad_enabled() and table.requires_grad
         table = table if flows else table.detach()
-        rows_ = [table] * many if table.ndim == 1 else list(table.unbind(0))
+        states = self._states(table.expand(many, n), flows)
         try:
-            for part, w in zip(self._parts, rows_, strict=True):
+            for part, state in zip(self._parts, states, strict=True):
                 part.put((None, None))  # frees the sum before the next is made
                 if flows and part.basis.low_rank and part.kind == "linear":
-                    part.put((w.to(part.basis.who.device), None))
+                    part.put((state, None))
                 else:
-                    part.merge(w)
+                    part.merge(state)
         except BaseException:  # half of the modules under a composition is none
             self.set(None)
             raise
 
+    def _states(self, table: Tensor, flows: bool) -> list[State]:
+        """What each module computes with under the table [modules, n]."""
+        found: dict[int, State] = {}
+        for here, together in self._together:
+            rows = table if len(self._together) == 1 else table[here.to(table.device)]
+            found.update(zip(here.tolist(), together.states(rows, rounded=flows), strict=True))
+        return [found[j] for j in range(len(self.modules))]
+
     @contextlib.contextmanager
     def at(self, table: Tensor | Weights | None) -> Iterator[nn.Module]:
         """The model under these coefficients inside the block; what was set before is set again after it."""
-        before = [(part.w, part.merged) for part in self._parts]  # as it is: gradients may flow to it
+        before = [(part.state, part.merged) for part in self._parts]  # as it is: gradients may flow to it
         try:
             self.set(table)
             yield self.model

@@ -31,9 +31,11 @@ from .plan import Group, check_rule, make_groups
 from .rule import Rule, Space
 from .select import GlobalLimits, Limits
 from .stack import LowRank, Stack
-from .terms import Terms, make_terms
+from .terms import Roots, Terms, make_terms, wide_of
 
 Kind: TypeAlias = Literal["low_rank_delta", "low_rank_factors", "low_rank_shared", "dense"]
+State: TypeAlias = Tensor | tuple[Tensor, Tensor]
+FUSED = ("cuda",)  # where one call for a product and a sum pays: on a CPU its copy of the sum costs more than the call
 ENTRYWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
@@ -71,55 +73,74 @@ class Basis:
         tensors = [t.values for t in self.terms] + [t for t in (self.A, self.B) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @property
+    def picks(self) -> Tensor:
+        """[k] int64, the adapter of each coefficient that `sum` and `beside` take: `owner`, or `who` where there is none."""
+        return self.who if self.owner is None else self.owner
+
     def combine(self, w: Tensor, onto: Tensor | None = None) -> Tensor:
         """dW(w) [out, in], differentiable in w; added to `onto` [out, in] where given, in its dtype (no gradient goes there)."""
-        if self.kind == "dense":
-            return self.terms[0].at(w[self.who], onto)
-        if self.kind == "low_rank_delta":
-            a, b = self._delta(w)
-        else:
-            a, b = self._sides(w)
-        dense = b @ a
-        return dense if onto is None else (onto.detach() + dense).to(onto.dtype)
+        return self.sum(w[self.picks], onto)
 
     def apply(self, x: Tensor, w: Tensor) -> Tensor:
         """dW(w) x for x [..., in], [..., out] in the terms' dtype; differentiable in w and in x."""
+        return self.beside(x, w[self.picks])
+
+    def sum(self, state: State, onto: Tensor | None = None) -> Tensor:
+        """`combine`, of c = w[picks] or of the factors (A, B) of dW."""
         if self.kind == "dense":
-            return linear(x.to(self.terms[0].values.dtype), self.combine(w).to(self.terms[0].values.dtype))
+            assert isinstance(state, Tensor)
+            return self.terms[0].at(state, onto)
+        with torch.autocast(self.who.device.type, enabled=False):
+            if self.kind == "low_rank_delta":
+                assert self.A is not None and self.B is not None and isinstance(state, Tensor)
+                wide = wide_of(self.A)
+                a, b = self.A.to(wide), self.B.to(wide) * state.to(wide)
+            else:
+                a, b = self._sides(state)
+            if onto is None:
+                return b @ a
+            if onto.dtype == a.dtype == b.dtype:
+                return torch.addmm(onto.detach(), b, a)
+            return (onto.detach() + b @ a).to(onto.dtype)
+
+    def beside(self, x: Tensor, state: State, onto: Tensor | None = None) -> Tensor:
+        """dW x [..., out] for x [..., in], added to `onto` [..., out] where given, in its dtype; differentiable in all three.
+
+        `state` is as for `sum`.
+        """
+        if self.kind == "dense":
+            assert isinstance(state, Tensor)
+            dtype = self.terms[0].values.dtype
+            out = linear(x.to(dtype), self.sum(state).to(dtype))
+            return out if onto is None else onto + out.to(onto.dtype)
         if self.kind == "low_rank_delta":
-            assert self.A is not None and self.B is not None and self.owner is not None
-            inner = linear(x.to(self.A.dtype), self.A)
-            wide = torch.promote_types(
-                inner.dtype, torch.float32
-            )  # a coefficient in 16 bits would move in coarse steps
-            inner = (inner.to(wide) * w.to(wide)[self.owner]).to(self.A.dtype)
-            return linear(inner, self.B)
-        a, b = self._sides(w)
-        dtype = self.terms[0].values.dtype
-        return linear(linear(x.to(dtype), a.to(dtype)), b.to(dtype))
+            assert self.A is not None and self.B is not None and isinstance(state, Tensor)
+            a, b = self.A, self.B
+            inner = linear(x.to(a.dtype), a)
+            inner = (inner * state.to(wide_of(a))).to(inner.dtype)
+        else:
+            dtype = self.terms[0].values.dtype
+            a, b = (t.to(dtype) for t in self._sides(state))
+            inner = linear(x.to(dtype), a)
+        if onto is None:
+            return linear(inner, b)
+        if onto.dtype != inner.dtype or onto.device.type not in FUSED:
+            return onto + linear(inner, b).to(onto.dtype)
+        return torch.addmm(onto.reshape(-1, b.shape[0]), inner.reshape(-1, b.shape[1]), b.T).view(onto.shape)
 
-    def _delta(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.A is not None and self.B is not None and self.owner is not None
-        wide = torch.promote_types(self.A.dtype, torch.float32)
-        return self.A.to(wide), self.B.to(wide) * w.to(wide)[self.owner]
-
-    def _sides(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """A(w) [k, in] and B(w) [out, k] of dW = B A."""
-        w = w[self.who]
+    def _sides(self, state: State) -> tuple[Tensor, Tensor]:
+        """A [k, in] and B [out, k] of dW = B A."""
+        if not isinstance(state, Tensor):
+            return state
         if self.kind == "low_rank_factors":
-            root = _root(w)
-            return self.terms[0].at(root.copysign(w.detach())), self.terms[1].at(root)
+            signed, root = Roots.apply(state)
+            return self.terms[0].at(signed), self.terms[1].at(root)
         assert self.rebuild is not None
-        core = self.terms[0].at(w)
+        core = self.terms[0].at(state)
         result = self.rebuild([core[None]])
         assert isinstance(result, LowRank)
         return result.A[0], result.B[0]
-
-
-def _root(w: Tensor) -> Tensor:
-    """sqrt(|w|), [n]; its gradient is infinite at 0, where 0 is taken."""
-    zero = w == 0
-    return torch.where(zero, torch.zeros_like(w), torch.where(zero, torch.ones_like(w), w).abs().sqrt())
 
 
 def learnable(rule: Rule | str, space: str | None = None) -> tuple[Rule, Space]:

@@ -24,6 +24,11 @@ How: TypeAlias = Literal["sum", "share", "vote", "prune"]
 _WIDE = 1 << 24  # entries of 16-bit terms that are widened at once on a CPU
 
 
+def wide_of(x: Tensor) -> torch.dtype:
+    """What coefficients of x are in: in 16 bits they would move in coarse steps."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 class Combine(torch.autograd.Function):
     """onto + sum_i w_i T_i in float32 (float64 where T is), rounded once to `onto`'s dtype; differentiable in w alone.
 
@@ -33,11 +38,14 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, terms: Tensor, onto: Tensor | None) -> Tensor:
         ctx.terms, ctx.given = terms, w.dtype
-        wide = torch.float64 if terms.dtype == torch.float64 else torch.float32
+        wide = wide_of(terms)
         w = w.to(wide)
         with torch.autocast(terms.device.type, enabled=False):  # a coefficient in 16 bits would move in coarse steps
             if terms.dtype == wide:
-                total = (w @ terms.flatten(1)).view(terms.shape[1:])
+                flat = terms.flatten(1).T
+                if onto is not None and onto.dtype == wide and onto.is_contiguous():
+                    return torch.addmv(onto.view(-1), flat, w).view(onto.shape)
+                total = (flat @ w).view(terms.shape[1:])
                 total = total if onto is None else total.add_(onto)
             else:
                 total = terms.new_zeros(terms.shape[1:], dtype=wide) if onto is None else onto.to(wide, copy=True)
@@ -49,14 +57,70 @@ class Combine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         terms, grad = ctx.terms.flatten(1), grads[0].flatten()
         with torch.autocast(terms.device.type, enabled=False):
-            if terms.dtype.itemsize > 2 or terms.device.type != "cpu":
-                return (terms @ grad.to(terms.dtype)).to(ctx.given), None, None
-            rows = []  # 16-bit products of a matrix and a vector are not fast on a CPU
-            for term in terms:
-                parts = zip(term.split(_WIDE), grad.split(_WIDE), strict=True)
-                zero = grad.new_zeros((), dtype=torch.float32)
-                rows.append(sum((torch.dot(x.float(), g.float()) for x, g in parts), zero))
-        return torch.stack(rows).to(ctx.given), None, None
+            if _slow(terms):
+                return _products(terms, grad).to(ctx.given), None, None
+            return (terms @ grad.to(terms.dtype)).to(ctx.given), None, None
+
+
+class CombineMany(torch.autograd.Function):
+    """What `Combine` makes of m tensors at once, without `onto`: sum_i w_i T_i in float32 (float64); differentiable in w.
+
+    w [m, n], T [m, n, ...]; [m, ...].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, terms: Tensor) -> Tensor:
+        ctx.terms, ctx.given = terms, w.dtype
+        wide = wide_of(terms)
+        w, flat = w.to(wide), terms.flatten(2)
+        with torch.autocast(terms.device.type, enabled=False):
+            if terms.dtype == wide:
+                total = torch.bmm(w[:, None], flat)
+            else:
+                total = flat.new_zeros(flat.shape[0], flat.shape[2], dtype=wide)
+                for i in range(terms.shape[1]):
+                    total.addcmul_(flat[:, i], w[:, i, None])
+        return total.view(terms.shape[:1] + terms.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        terms, grad = ctx.terms.flatten(2), grads[0].flatten(1)
+        with torch.autocast(terms.device.type, enabled=False):
+            if _slow(terms):
+                rows = [_products(t, g) for t, g in zip(terms, grad, strict=True)]
+                return torch.stack(rows).to(ctx.given), None
+            return torch.bmm(terms, grad.to(terms.dtype)[:, :, None])[:, :, 0].to(ctx.given), None
+
+
+class Roots(torch.autograd.Function):
+    """sign(w) sqrt(|w|) and sqrt(|w|), both of w's shape; their gradients are infinite at 0, where 0 is taken."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.w = w  # not saved for one backward alone: two losses under one composition may each have theirs
+        root = w.abs().sqrt_()
+        return root.copysign(w), root
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        sign = ctx.w.sign()
+        slope = ctx.w.abs().rsqrt_().mul_(0.5).masked_fill_(sign == 0, 0.0)
+        return torch.addcmul(grads[0], grads[1], sign).mul_(slope)
+
+
+def _slow(terms: Tensor) -> bool:
+    """16-bit products of a matrix and a vector are not fast on a CPU."""
+    return terms.dtype.itemsize <= 2 and terms.device.type == "cpu"
+
+
+def _products(terms: Tensor, grad: Tensor) -> Tensor:
+    """<grad [size], T_i> for each T_i of terms [n, size], [n] float32, widened a part at a time."""
+    rows = []
+    for term in terms:
+        parts = zip(term.split(_WIDE), grad.split(_WIDE), strict=True)
+        zero = grad.new_zeros((), dtype=torch.float32)
+        rows.append(sum((torch.dot(x.float(), g.float()) for x, g in parts), zero))
+    return torch.stack(rows)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis, State
-from .terms import CombineMany, Roots, Terms
+from .terms import CombineMany, Roots, Terms, wide_of
 
 
 class Pick(torch.autograd.Function):
@@ -64,13 +64,13 @@ class Together:
                 alike.setdefault(tuple(t.values.shape for t in basis.terms), []).append(j)
         self._groups = [self._group(at) for at in alike.values()]
         grouped = [j for group in self._groups for j in group.at]
-        seen = set(grouped)
-        self._rest = [j for j in range(len(self.bases)) if j not in seen]
-        self._order = grouped + self._rest
-        self._sizes = [len(self.bases[j].picks) for j in self._order]
-        self._many = sum(self._sizes[: len(grouped)])
+        together = set(grouped)
+        rest = [j for j in range(len(self.bases)) if j not in together]
+        self._order = grouped + rest
+        lengths = [len(self.bases[j].picks) for j in self._order]
+        self._sizes = [sum(lengths[: len(grouped)]), *lengths[len(grouped) :]]
         owners = torch.cat([self.bases[j].picks for j in self._order]).cpu()
-        rows = torch.tensor(self._order).repeat_interleave(torch.tensor(self._sizes))
+        rows = torch.tensor(self._order).repeat_interleave(torch.tensor(lengths))
         index = rows * adapters + owners
         device = self.bases[0].who.device
         self._index, self._back = index.to(device), _inverse(index, len(self.bases) * adapters).to(device)
@@ -89,35 +89,28 @@ class Together:
             sides.append(whole)
         return _Group(tuple(at), *sides)
 
-    def picked(self, table: Tensor) -> list[Tensor]:
-        """Each module's c = w[picks], from the table [m, n]; in float32 (float64 for such terms)."""
-        return self._placed(self._order, self._pick(table).split(self._sizes))
+    def states(self, table: Tensor, rounded: bool = False) -> list[State]:
+        """What each module computes with (see `Basis.sum`) under the table [m, n]; gradients flow from it to the table.
 
-    def states(self, table: Tensor) -> list[State]:
-        """What each module computes with (see `Basis.beside`); gradients flow from it to the table."""
-        flat = self._pick(table)
-        if not self._groups:
-            return self._placed(self._order, flat.split(self._sizes))
-        inside, *others = flat.split([self._many, *self._sizes[len(self._order) - len(self._rest) :]])
-        states: list[State] = []
-        shapes = [group.A.shape[:2] for group in self._groups]
-        signed, root = (x.split([m * t for m, t in shapes]) for x in Roots.apply(inside))
-        for group, s, r, shape in zip(self._groups, signed, root, shapes, strict=True):
-            a, b = CombineMany.apply(s.view(shape), group.A), CombineMany.apply(r.view(shape), group.B)
-            states += zip(a.unbind(0), b.unbind(0), strict=True)
-        return self._placed(self._order, states + others)
+        In float32 (float64 for such terms); factors that are made at once are `rounded` to the terms' dtype where asked for.
+        """
+        inside, *others = self._pick(table).split(self._sizes)
+        made: list[State] = []
+        if self._groups:
+            shapes = [group.A.shape[:2] for group in self._groups]
+            signed, root = (x.split([m * t for m, t in shapes]) for x in Roots.apply(inside))
+            for group, s, r, shape in zip(self._groups, signed, root, shapes, strict=True):
+                a, b = CombineMany.apply(s.view(shape), group.A), CombineMany.apply(r.view(shape), group.B)
+                if rounded:
+                    a, b = a.to(group.A.dtype), b.to(group.B.dtype)
+                made += zip(a.unbind(0), b.unbind(0), strict=True)
+        placed = dict(zip(self._order, made + others, strict=True))
+        return [placed[j] for j in range(len(placed))]
 
     def _pick(self, table: Tensor) -> Tensor:
         first = self.bases[0]
         terms = first.terms[0].values if first.A is None else first.A
-        wide = torch.float64 if terms.dtype == torch.float64 else torch.float32
-        return Pick.apply(table.to(terms.device, wide), self._index, self._back)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def _placed(order: Sequence[int], values: Sequence[Any]) -> list[Any]:
-        """Values in the order of the modules."""
-        placed = dict(zip(order, values, strict=True))
-        return [placed[j] for j in range(len(order))]
+        return Pick.apply(table.to(terms.device, wide_of(terms)), self._index, self._back)  # type: ignore[no-any-return]
 
 
 def _inverse(index: Tensor, size: int) -> Tensor:
