@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loralloy import layerwise
 from loralloy.errors import LoralloyError
 from loralloy.layerwise import GRANULARITIES, SpecError, coefficients, group_of, layer_of, matches, parse, select
 
@@ -121,6 +124,15 @@ def test_a_pattern_is_a_part_or_a_glob():
     assert matches("layers.1", "model.layers.11.q")  # a part, as in mergekit
     assert not matches("*.layers.1.*", "model.layers.11.q") and matches("*.layers.1.*", "model.layers.1.q")
     assert not matches("q?", "model.q1") and matches("*q[12]", "model.q1")
+
+
+def test_patterns_are_not_kept():
+    """A server matches what its clients make up, and fnmatch's own functions keep the last 32,768."""
+    before = fnmatch._compile_pattern.cache_info().currsize
+    for n in range(300):
+        assert matches(f"*.q_pro[j{n}]", "model.q_proj")
+    assert fnmatch._compile_pattern.cache_info().currsize == before
+    assert layerwise._glob.cache_info().currsize <= 256
 
 
 def test_select():

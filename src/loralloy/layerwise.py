@@ -13,7 +13,8 @@ import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from .errors import LoralloyError
@@ -80,7 +81,13 @@ def group_of(module: str, granularity: str) -> str:
 
 def matches(pattern: str, module: str) -> bool:
     """Whether a pattern means a module: a part of its name, or with ``*``, ``?`` or ``[`` a glob over the whole name."""
-    return fnmatchcase(module, pattern) if any(c in pattern for c in "*?[") else pattern in module
+    return _glob(pattern).match(module) is not None if any(c in pattern for c in "*?[") else pattern in module
+
+
+@lru_cache(maxsize=256)
+def _glob(pattern: str) -> re.Pattern[str]:
+    # fnmatch's own functions keep 32,768 patterns: a server would keep what its clients make up
+    return re.compile(translate(pattern))
 
 
 def parse(spec: Any) -> Parsed:
@@ -131,8 +138,9 @@ def coefficients(spec: Any, modules: Iterable[str], among: Collection[str] | Non
         return parsed
     modules = list(modules)
     if isinstance(parsed, dict):
+        there = set(modules)
         for name in parsed:
-            if name != "*" and name not in modules:
+            if name != "*" and name not in there:
                 raise SpecError((name,), f"there is no module {name!r} in the adapter{close(name, modules)}")
         return {m: parsed.get(m, parsed.get("*", 0.0)) for m in modules}
     spans = _spans(modules if among is None else among)
@@ -219,7 +227,7 @@ def _entry(item: Any, at: tuple[int | str, ...]) -> Entry:
 def _layers(value: Any, at: tuple[int | str, ...]) -> tuple[int, int]:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", value) if isinstance(value, str) else None
     if not match or int(match[2] or match[1]) < int(match[1]):
         raise SpecError(at, f"{shown(value)} is not a range of layers; give one (7) or first-last (0-11)")
     return int(match[1]), int(match[2] or match[1])

@@ -69,10 +69,10 @@ class Held:
         self.free, self.begun = threading.Event(), []
         merge = compositions._merge_now
 
-        def held(key, composition):
+        def held(key, *args):
             self.begun.append(key)
             assert self.free.wait(20)
-            return merge(key, composition)
+            return merge(key, *args)
 
         monkeypatch.setattr(compositions, "_merge_now", held)
 

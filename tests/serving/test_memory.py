@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -102,6 +103,32 @@ def test_memory_goes_back_while_rows_run_and_after(scheduler, monkeypatch):
     busy = running[-1]
     assert 2 <= busy < len(running) and set(calls[1:busy]) == {1}
     assert len(calls) == busy + 1 and calls[-1] == 0  # once: nothing came since
+    made.stop()
+
+
+def test_nobody_waits_while_memory_goes_back(scheduler, monkeypatch):
+    """The event loop takes the engine's lock for each request; giving back a large heap may take long."""
+    free, made = [], engine_.Engine(scheduler)
+
+    def slow():
+        asked = threading.Thread(target=made.cancel, args=([],))
+        asked.start()
+        asked.join(5)
+        free.append(not asked.is_alive())
+
+    monkeypatch.setattr(engine_, "GIVE_BACK", 0.05)
+    monkeypatch.setattr(engine_, "give_back", slow)
+    made.start()
+
+    async def go():
+        with made.stream([[40, 41]], [Weights({"spam": 1.0})], [Sampling(max_tokens=3)]) as stream:
+            async for _ in stream:
+                pass
+        while len(free) < 2:
+            await asyncio.sleep(0.02)
+
+    asyncio.run(asyncio.wait_for(go(), 30))
+    assert len(free) >= 2 and all(free)
     made.stop()
 
 

@@ -58,6 +58,15 @@ def test_weights_by_module(compose):
         composer.compose("[{filter: nowhere, value: 1}, {value: 0}]*a")
 
 
+def test_room_is_made_for_the_text_too(compose, monkeypatch):
+    """The report and the tensors' file name the composition and each module's weight, which may be more than the tensors."""
+    composer, asked = compose(rank=8), []
+    take = composer.store.take
+    monkeypatch.setattr(composer.store, "take", lambda key, size, make: (asked.append(size), take(key, size, make))[1])
+    composed = composer.compose("[" + "0.123456789, " * 4000 + "2]*a + b")
+    assert composer.store.entries()[composed.key] <= asked[0]
+
+
 def test_beyond_the_rank_it_is_cut_and_the_error_told(compose):
     composer = compose(rank=6)
     composed = composer.compose("a + b + c")

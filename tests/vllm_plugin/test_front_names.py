@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 from front_scenes import Fronted
+
+from loralloy.vllm_plugin.front import Front
 
 
 @pytest.fixture
@@ -49,3 +52,18 @@ def test_what_is_no_json_object_passes(front, raw):
 def test_odd_json_is_left_to_vllm(front, raw):
     front.app()
     assert front.front.renamed(raw) is raw
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings"])
+def test_a_long_one_is_read_off_the_event_loop(front, path, monkeypatch):
+    """Reading a quarter of a million characters takes half a second, in which nobody else would be answered."""
+    where, rename = [], Front.rename
+    monkeypatch.setattr(
+        Front, "rename", lambda self, body: (where.append(threading.current_thread()), rename(self, body))
+    )
+    written = "[" + "0.50, " * 4000 + "1]*a"
+    front.call("POST", path, json={"model": written, "prompt": "x"})
+    assert front.sent["model"] == "[" + "0.5, " * 4000 + "1.0]*a"
+    front.call("POST", path, json={"model": "0.50*a", "prompt": "x"})
+    assert front.sent["model"] == "0.5*a"
+    assert [thread is threading.main_thread() for thread in where] == [False, True]

@@ -273,14 +273,16 @@ def spread(groups: Iterable[Group], names: Sequence[str], rows: Sequence[Weights
         for n, value in row.coefficients.items()
         if isinstance(value, Mapping) and n in at
     ]
+    if by_module:  # one column a module, of what takes the place of the table's: each mapping is read once
+        groups = list(groups)
+        modules = [part.name for group in groups for part in group.parts]
+        read = {id(v): [v.get(m, v.get("*", 0.0)) for m in modules] for _, _, v in by_module}
+        own = iter(torch.tensor([read[id(v)] for _, _, v in by_module], dtype=torch.float64).unbind(1))
+        places = tuple(torch.tensor([place[k] for place in by_module]) for k in (0, 1))
     known: dict[Any, Any] = {}  # a copy to the device waits for it: once, not once a module
     for group in groups:
         if by_module:
-            tables = [table.clone() for _ in group.parts]
-            for own, part in zip(tables, group.parts, strict=True):
-                for r, i, value in by_module:
-                    own[r, i] = value.get(part.name, value.get("*", 0.0))
-            group.set(group.coefficients(tables))
+            group.set(group.coefficients([table.index_put(places, next(own)) for _ in group.parts]))
             continue
         if group.layout not in known:
             known[group.layout] = group.coefficients([table] * len(group.parts))

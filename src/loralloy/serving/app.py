@@ -98,7 +98,7 @@ def _openai(app: FastAPI, service: Service) -> None:
         """One model; a composition is one too."""
         asked = await service.compositions.asked(name)
         if asked.by_module:  # whether they fit their adapters
-            await asyncio.to_thread(service.compositions.look, asked)
+            await service.compositions.aside(asked.size, service.compositions.look, asked)
         return card(name)
 
     @app.post("/v1/completions", response_model=None, responses=_STREAM)  # type: ignore[arg-type]
@@ -133,11 +133,11 @@ def _own(app: FastAPI, service: Service) -> None:
     @app.post("/v1/compositions")
     async def composition(body: CompositionRequest) -> dict[str, Any]:
         """How a composition is read and how it stands; with `prepare`, it is merged now if it has to be."""
-        asked = await service.compositions.asked(await _what(body))
+        asked = await service.compositions.asked(await _what(service, body))
         if asked.auto:
             raise LoralloyError("auto is composed for each request; ask /v1/route for its weights")
         if not body.prepare:
-            ready = await asyncio.to_thread(service.compositions.look, asked)
+            ready = await service.compositions.aside(asked.size, service.compositions.look, asked)
             return service.described(ready).model_dump(exclude_none=True)
         async with service.compositions.use(asked) as ready:
             return service.described(ready).model_dump(exclude_none=True)
@@ -146,7 +146,7 @@ def _own(app: FastAPI, service: Service) -> None:
     async def layers(body: LayersRequest, request: Request) -> LayersReport:
         """Where in the model a composition acts: the size of each adapter's part, and of the whole, by layer and projection."""
         try:
-            return await unless_gone(request, service.layers.measure(await _what(body), body.prepare))
+            return await unless_gone(request, service.layers.measure(await _what(service, body), body.prepare))
         except (asyncio.TimeoutError, TimeoutError):
             raise TooLate("measuring took too long") from None
 
@@ -168,9 +168,9 @@ def _own(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def _what(body: CompositionRequest) -> str | Composition:
+async def _what(service: Service, body: CompositionRequest) -> str | Composition:
     """What is asked for; fields may be many."""
-    return await asyncio.to_thread(lambda: body.asked) if body.weights else body.asked
+    return await service.compositions.aside(body.size, lambda: body.asked) if body.weights else body.asked
 
 
 async def _reply(service: Service, body: CompletionRequest | ChatRequest, request: Request) -> Response:

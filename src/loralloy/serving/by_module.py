@@ -26,8 +26,8 @@ class WeightError(LoralloyError):
     """A weight by module that cannot be read, or that does not fit its adapter; `place` as ``weights.piqa[0].filter``."""
 
     def __init__(self, adapter: str, at: Iterable[int | str], why: str) -> None:
-        path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in at)
-        shown = adapter if len(adapter) <= 200 else adapter[:197] + "..."
+        path = "".join(f"[{step}]" if isinstance(step, int) else f".{_said(step)}" for step in at)
+        shown = _said(adapter if len(adapter) <= 200 else adapter[:197] + "...")
         super().__init__(f"weight of adapter {shown!r}{', ' + path.lstrip('.')[:200] if path else ''}: {why}")
         self.place = f"weights.{shown}{path}"[:400]
 
@@ -85,6 +85,7 @@ def _check_size(spec: Any) -> None:
     for name in spec if isinstance(spec, dict) else ():
         if len(name) > MAX_WORD:
             raise SpecError((), f"a module's name has at most {MAX_WORD} characters")
+        _check_text(name, ())
 
 
 def _entry(entry: Entry, n: int, sign: float) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def _entry(entry: Entry, n: int, sign: float) -> dict[str, Any]:
     if entry.filter is not None:
         if len(entry.filter) > MAX_WORD:
             raise SpecError((n, "filter"), f"a filter has at most {MAX_WORD} characters")
+        _check_text(entry.filter, (n, "filter"))
         made["filter"] = entry.filter
     if entry.layers is not None:
         low, high = entry.layers
@@ -101,6 +103,16 @@ def _entry(entry: Entry, n: int, sign: float) -> dict[str, Any]:
     else:
         made["value"] = [sign * _bounded(v, (n, "value", k)) for k, v in enumerate(entry.value)]
     return made
+
+
+def _check_text(text: str, at: tuple[int | str, ...]) -> None:
+    """JSON can write halves of surrogate pairs, of which no text is made, so no answer could say them back."""
+    if _said(text) != text:
+        raise SpecError(at, f"{text!r} has half a character (a lone surrogate)")
+
+
+def _said(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _bounded(value: float, at: tuple[int | str, ...]) -> float:

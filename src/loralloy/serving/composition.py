@@ -54,6 +54,11 @@ class Composition:
         return {name: value for name, value in self.terms if isinstance(value, ByModule)}
 
     @property
+    def size(self) -> int:
+        """Characters, about: what reading it takes grows with them."""
+        return sum(len(name) + (len(w.text) if isinstance(w, ByModule) else 8) for name, w in self.terms)
+
+    @property
     def live(self) -> bool:
         """Whether it is a weighted sum of dW, which needs no merge: `linear` and `cat` in delta space, not cut."""
         return self.rule in ("linear", "cat") and self.space in (None, "delta") and self.rank in (None, "full")

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..errors import LoralloyError
 from ..merging import make_plan, run
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from ..live.paged import PagedModel
 
 _LONG = 16384  # characters that are read in some 20 ms
+_HELD = 16  # bytes that a weight by module takes for a character of its text
+_READING = 64  # long ones that may wait to be read
+T = TypeVar("T")
 Cache = Literal["live", "hit", "merged", "cold"]
 
 
@@ -59,7 +62,7 @@ class Ready:
 @dataclass(eq=False)
 class _Merged:
     composition: Composition
-    given: Weights
+    means: Weights  # of each adapter's, over its modules
     name: str  # in the live model
     error: float
     size: int
@@ -101,7 +104,7 @@ class Compositions:
         self._numbers = itertools.count()
         self._kept: OrderedDict[str, _Merged] = OrderedDict()
         self._under_way: dict[str, asyncio.Task[_Merged]] = {}
-        self._pool = ThreadPoolExecutor(1, "merger")
+        self._pool, self._reader, self._reading = ThreadPoolExecutor(1, "merger"), ThreadPoolExecutor(1, "reader"), 0
         self.evicted = 0
 
     def read(self, asked: str | Composition) -> Composition:
@@ -123,8 +126,21 @@ class Compositions:
     async def asked(self, what: str | Composition) -> Composition:
         """:meth:`read`; in a thread what takes longer than others should wait."""
         if isinstance(what, str) and len(what) > _LONG:
-            return await asyncio.to_thread(self.read, what)
+            return await self.aside(len(what), self.read, what)
         return self.read(what)
+
+    async def aside(self, size: int, work: Callable[..., T], *args: Any) -> T:
+        """`work` in a thread, for something of so many characters. What is long goes one by one: Python runs one thread at a
+        time, and many at once would leave the decoder and the event loop little. Raises Busy when too many wait."""
+        if size <= _LONG:
+            return await asyncio.to_thread(work, *args)
+        if self._reading >= _READING:
+            raise Busy(f"{self._reading} long compositions wait to be read", 5)
+        self._reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reader, work, *args)
+        finally:
+            self._reading -= 1
 
     @asynccontextmanager
     async def use(
@@ -138,16 +154,16 @@ class Compositions:
         filled = self.fill(composition, routed)
         if filled.live:
             # what a weight by module means is read from the adapters
-            yield await asyncio.to_thread(self._live, filled) if filled.by_module else self._live(filled)
+            yield await self.aside(filled.size, self._live, filled) if filled.by_module else self._live(filled)
             return
         # hashing reads the adapters, the first time
-        key = await asyncio.get_running_loop().run_in_executor(None, self.key, filled)
+        key, given = await self.aside(filled.size, self._settle, filled)
         if not merge and key not in self._kept:
-            yield await asyncio.to_thread(self._cold, filled, key)
+            yield self._cold(filled, key, given)
             return
-        entry, cache = await self._merged(filled, key)
+        entry, cache = await self._merged(filled, key, given)
         try:
-            yield self._ready(filled, key, entry, cache)
+            yield self._ready(filled, key, given, entry, cache)
         finally:
             entry.users -= 1
 
@@ -164,14 +180,16 @@ class Compositions:
         """How a composition stands, without merging it."""
         if composition.live:
             return self._live(composition)
-        key = self.key(composition)
+        key, given = self._settle(composition)
         entry = self._kept.get(key)
-        return self._cold(composition, key) if entry is None else self._ready(composition, key, entry, "hit")
+        return (
+            self._cold(composition, key, given) if entry is None else self._ready(composition, key, given, entry, "hit")
+        )
 
     @property
     def kept(self) -> list[tuple[Ready, _Merged]]:
-        """The merged ones, the one used last first."""
-        return [(self._ready(e.composition, k, e, "hit"), e) for k, e in reversed(self._kept.items())]
+        """The merged ones, the one used last first; weights by module are given by their means."""
+        return [(self._ready(e.composition, k, e.means, e, "hit"), e) for k, e in reversed(self._kept.items())]
 
     @property
     def size(self) -> int:
@@ -180,6 +198,10 @@ class Compositions:
 
     def key(self, composition: Composition) -> str:
         """A hash of all that the merged adapter depends on."""
+        return self._settle(composition)[0]
+
+    def _settle(self, composition: Composition) -> tuple[str, Weights]:
+        """The key, and the weights for every module."""
         space, rank = _settled(composition)
         weights = weights_of(self.bank, composition.terms)
         terms = sorted(
@@ -187,33 +209,33 @@ class Compositions:
             key=lambda term: (term[0], json.dumps(term[1], sort_keys=True)),
         )
         said = json.dumps([1, terms, str(composition.bound), space, rank], sort_keys=True)
-        return "merged:" + hashlib.sha256(said.encode()).hexdigest()[:32]
+        return "merged:" + hashlib.sha256(said.encode()).hexdigest()[:32], weights
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._reader):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _live(self, composition: Composition) -> Ready:
         terms = composition.terms or tuple((name, 0.0) for name in self.bank.names[:1])
         weights = weights_of(self.bank, terms)
         return Ready(composition, weights, weights, "live", "delta", "full")
 
-    def _ready(self, composition: Composition, key: str, entry: _Merged, cache: Cache) -> Ready:
+    def _ready(self, composition: Composition, key: str, given: Weights, entry: _Merged, cache: Cache) -> Ready:
         space, rank = _settled(composition)
-        return Ready(composition, Weights({entry.name: 1.0}), entry.given, cache, space, rank, entry.error, key)
+        return Ready(composition, Weights({entry.name: 1.0}), given, cache, space, rank, entry.error, key)
 
-    def _cold(self, composition: Composition, key: str) -> Ready:
+    def _cold(self, composition: Composition, key: str, given: Weights) -> Ready:
         space, rank = _settled(composition)
-        given = weights_of(self.bank, composition.terms)
         return Ready(composition, Weights({BASE: 0.0}), given, "cold", space, rank, None, key)
 
-    async def _merged(self, composition: Composition, key: str) -> tuple[_Merged, Cache]:
+    async def _merged(self, composition: Composition, key: str, given: Weights) -> tuple[_Merged, Cache]:
         cache: Cache = "hit"
         while key not in self._kept:  # again, if others drove it out before this one had its turn
             cache = "merged"
             if key not in self._under_way:
                 if len(self._under_way) >= self.max_waiting:
                     raise Busy(f"{len(self._under_way)} compositions wait to be merged", 5)
-                task = asyncio.get_running_loop().create_task(self._merge(key, composition))
+                task = asyncio.get_running_loop().create_task(self._merge(key, composition, given))
                 self._under_way[key] = task
                 task.add_done_callback(lambda _: self._under_way.pop(key, None))
             await asyncio.shield(self._under_way[key])  # others may wait for it when this client has gone
@@ -222,8 +244,8 @@ class Compositions:
         entry.users, entry.uses = entry.users + 1, entry.uses + 1
         return entry, cache
 
-    async def _merge(self, key: str, composition: Composition) -> _Merged:
-        entry = await asyncio.get_running_loop().run_in_executor(self._pool, self._merge_now, key, composition)
+    async def _merge(self, key: str, composition: Composition, given: Weights) -> _Merged:
+        entry = await asyncio.get_running_loop().run_in_executor(self._pool, self._merge_now, key, composition, given)
         self._on_merge(entry.seconds)
         try:
             self._make_room(entry.size)
@@ -233,18 +255,21 @@ class Compositions:
         self._kept[key] = entry
         return entry
 
-    def _merge_now(self, key: str, composition: Composition) -> _Merged:
+    def _merge_now(self, key: str, composition: Composition, weights: Weights) -> _Merged:
         start = time.perf_counter()
-        weights = weights_of(self.bank, composition.terms)
         plan = make_plan(self.bank, weights, composition.bound, composition.space, composition.rank, name=key)  # type: ignore[arg-type]
-        if plan.bytes_out > self.max_bytes:
+        size = plan.bytes_out + _HELD * sum(len(weight.text) for weight in composition.by_module.values())
+        if size > self.max_bytes:
+            text = str(composition)
+            shown = text if len(text) <= 1000 else text[:997] + "..."
             raise LoralloyError(
-                f"merged, {composition} would take {plan.bytes_out >> 20} MiB at rank {plan.top}, and there is room for "
+                f"merged, {shown} would take {size >> 20} MiB at rank {plan.top}, and there is room for "
                 f"{self.max_bytes >> 20}; give a smaller rank, as in '@ {composition.rule}(rank=16)'"
             )
         made = run(plan, self.bank)
         # a number, since one let go of under this key may still be in the model for a moment
-        entry = _Merged(composition, weights, f"{key}#{next(self._numbers)}", made.report.error, plan.bytes_out)
+        means = Weights(dict(weights.items()))
+        entry = _Merged(composition, means, f"{key}#{next(self._numbers)}", made.report.error, size)
         self.live.add(made.adapter, entry.name)
         try:
             self.live.load(entry.name)  # here, not in the decoder's time

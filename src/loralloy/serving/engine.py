@@ -171,11 +171,15 @@ class Engine:
         try:
             while True:
                 with self._wake:
-                    while not self._arrived and self.scheduler.idle and not self._closing:
-                        if not self._wake.wait(GIVE_BACK if self._stepped else None):
-                            self._give_back()
+                    woken = True
+                    while woken and not self._arrived and self.scheduler.idle and not self._closing:
+                        woken = self._wake.wait(GIVE_BACK if self._stepped else None)
                     arrived = list(self._arrived)
                     self._arrived.clear()
+                if not woken:  # without the lock, for which the event loop would wait
+                    self._give_back()
+                    if not arrived:
+                        continue
                 for row in arrived:
                     self.scheduler.submit(row)
                 if self._closing and (self.scheduler.idle or time.monotonic() > self._deadline):

@@ -34,7 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_LENGTH = 1 << 18
-_DEEPEST = 4
+_DEEPEST, _LONGEST = 4, 2000
 
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -54,6 +54,7 @@ class GrammarError(LoralloyError):
 
     def __init__(self, text: str, position: int, why: str) -> None:
         shown = text if len(text) <= 80 else text[:77] + "..."
+        why = why if len(why) <= _LONGEST else why[: _LONGEST - 3] + "..."  # it may quote the text
         super().__init__(f"composition {shown!r}, character {position + 1}: {why}")
         self.position = position
 
@@ -62,7 +63,13 @@ def parse(text: str) -> Composition:
     """Read a composition. Raises GrammarError with the position of what is wrong and what was expected there."""
     if len(text) > MAX_LENGTH:
         raise GrammarError(text, MAX_LENGTH, f"a composition has at most {MAX_LENGTH} characters")
-    return _Parser(text).composition()
+    made = _Parser(text).composition()
+    # it is said back, and asked for again, as its canonical text: [1,1] is [1.0, 1.0] there, 1e6* is 1000000.0*
+    if len(text) > MAX_LENGTH // 4 and len(str(made)) > MAX_LENGTH:
+        raise GrammarError(
+            text, 0, f"written out, with all digits and blanks, it has more than {MAX_LENGTH} characters"
+        )
+    return made
 
 
 class _Parser:

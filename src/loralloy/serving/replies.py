@@ -17,6 +17,8 @@ from .scheduler import Event
 from .schemas import ChatRequest, CompletionRequest, Usage
 from .service import Job, Service
 
+MAX_ECHO = 1024  # characters of `model` in an event, but for a choice's first
+
 
 class TooLate(LoralloyError):
     """A row did not end in time."""
@@ -97,12 +99,12 @@ class Reply:
                 delta = {"role": "assistant", **delta}
             said = {"delta": delta} if self.chat else {"text": event.text}
             choice = self._choice(number, said, [event.choice] if event.choice else [], [at], event.finish)
-            frame = self._frame([choice], kind) | counted
+            frame = self._frame([choice], kind, first) | counted
             if first:
                 frame["loralloy"] = self.job.composed[number // self.job.n].model_dump(exclude_none=True)
             yield _sse(frame)
         if counted:
-            yield _sse(self._frame([], kind) | {"usage": self._usage()})
+            yield _sse(self._frame([], kind, False) | {"usage": self._usage()})
         yield "data: [DONE]\n\n"
 
     async def _events(self) -> AsyncIterator[tuple[int, Event]]:
@@ -127,8 +129,11 @@ class Reply:
         composed = self.job.composed
         return {"loralloy": composed[i // self.job.n].model_dump(exclude_none=True)} if len(composed) > 1 else {}
 
-    def _frame(self, choices: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.made, "model": self.request.model, "choices": choices}
+    def _frame(self, choices: list[dict[str, Any]], kind: str, first: bool = True) -> dict[str, Any]:
+        model = self.request.model
+        if not first and len(model) > MAX_ECHO:  # once a choice, and not with every token
+            model = model[: MAX_ECHO - 3] + "..."
+        return {"id": self.id, "object": kind, "created": self.made, "model": model, "choices": choices}
 
     def _choice(
         self, i: int, said: dict[str, Any], tokens: list[Choice], offsets: list[int], finish: str | None

@@ -165,7 +165,7 @@ class CompositionRequest(Strict):
         None, description='A name, or {"name": "ties", "density": 0.2}.'
     )
     space: str | None = Field(None, max_length=100)
-    rank: int | Annotated[str, Field(max_length=100)] | None = None
+    rank: Annotated[int, Field(strict=True)] | Annotated[str, Field(max_length=100)] | None = None
     prepare: bool = Field(False, description="Merge it now, if it needs a merge.")
 
     @model_validator(mode="after")
@@ -175,6 +175,11 @@ class CompositionRequest(Strict):
         if self.model is not None and any(value is not None for value in (self.rule, self.space, self.rank)):
             raise ValueError("rule, space and rank go with weights; in model they stand behind an @")
         return self
+
+    @property
+    def size(self) -> int:
+        """Characters, about, that the weights have as text."""
+        return 8 * sum(_items(value) for value in (self.weights or {}).values())
 
     @property
     def asked(self) -> str | Composition:
@@ -188,6 +193,18 @@ class CompositionRequest(Strict):
                 f"weights: as text they have more than {MAX_LENGTH} characters, and no request could name them"
             )
         return parse(text)  # as it is read from what the answer says
+
+
+def _items(value: Any) -> int:
+    """Of a weight: its numbers, about."""
+    if not isinstance(value, list | dict):
+        return 1
+    inner = value.values() if isinstance(value, dict) else value
+    return len(value) + sum(len(item) + sum(map(_long, item.values())) for item in inner if isinstance(item, dict))
+
+
+def _long(value: Any) -> int:
+    return len(value) if isinstance(value, list) else 1
 
 
 class LayersRequest(CompositionRequest):

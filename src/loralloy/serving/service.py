@@ -26,6 +26,8 @@ from .schemas import ChatRequest, CompletionRequest, Composed, Neighbour, Route,
 if TYPE_CHECKING:
     from ..bank import Bank
 
+MAX_REPEATED = 1 << 22  # characters: a request's composition, times its answers
+
 
 @dataclass
 class Limits:
@@ -143,18 +145,28 @@ class Service:
         start, n = time.perf_counter(), request.n or 1
         texts = [request.question] if isinstance(request, ChatRequest) else self._texts(request)
         self.engine.check(n * len(texts))  # before any work is done
+        if len(request.model) * n * len(texts) > MAX_REPEATED:
+            raise LoralloyError(
+                f"a composition of {len(request.model)} characters is said with each answer, so one request has at most "
+                f"{MAX_REPEATED // len(request.model)} of them; send fewer prompts, or a smaller n"
+            )
         composition = await self.compositions.asked(request.model)
         routed: list[Weights | None] = [None] * len(texts)
         if composition.auto:
             routed = list(await self.route(texts))
-        readies = [await stack.enter_async_context(self.compositions.use(composition, w)) for w in routed]
-        prompts, composed = [], []
+        # one for all prompts, unless each has its own
+        own = routed if composition.auto else routed[:1]
+        readies = [await stack.enter_async_context(self.compositions.use(composition, w)) for w in own]
+        readies *= len(texts) // len(own)
+        prompts: list[list[int]] = []
+        composed: list[Composed] = []
         for i, (ready, weights) in enumerate(zip(readies, routed, strict=True)):
             text, template = self._prompt(request, i, ready, texts[i])
             ids = text if isinstance(text, list) else await asyncio.to_thread(encode_prompt, self.tokenizer, text)
             route = self.said(weights, request.loralloy.neighbours) if weights else None
             prompts.append(ids)
-            composed.append(self.described(ready, route, template))
+            same = i and ready is readies[i - 1] and template == composed[-1].template
+            composed.append(composed[-1] if same else self.described(ready, route, template))
             self.metrics.compositions.labels(ready.cache).inc()
         sampling = [self._sampling(request, ids, k) for ids in prompts for k in range(n)]
         each = [(ids, ready.weights) for ids, ready in zip(prompts, readies, strict=True) for _ in range(n)]

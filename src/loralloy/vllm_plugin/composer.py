@@ -116,7 +116,8 @@ class Composer:
             return alone
         plan = self.plan(made)
         key, start = self.key(plan), time.perf_counter()
-        size = plan.bytes_out + 512 * len(plan.modules) + (16 << 10)  # headers, the card, the report
+        said = len(str(made)) + len(json.dumps(plan.weights.to_dict()["weights"]))
+        size = plan.bytes_out + 512 * len(plan.modules) + (16 << 10) + 4 * said  # headers, the card, the report
         with self._one:  # torch's threads are all that a merge can use
             if not self.store.has(key):
                 self.make_room(size)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -41,6 +43,9 @@ PASSED = re.compile(
 )
 MAX_BODY = 8 << 20
 _MOST = 20  # neighbours a request may ask for
+_LONG = 16384  # characters that are read in some 20 ms
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
@@ -61,6 +66,7 @@ class Front:
     top: int = 3
     metrics: Metrics = field(default_factory=Metrics)
     adapters: frozenset[str] = frozenset()
+    _reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reader"), repr=False)
 
     async def compose(self, body: dict[str, Any], path: str, headers: Mapping[str, str]) -> dict[str, Any] | None:
         """Put the routed composition into a request for `auto`, in place, and say why; None for other models, of which a
@@ -71,7 +77,8 @@ class Front:
         asked = asks_router(body.get("model"))
         wanted = _wanted(body, asked)
         if asked is None:
-            self.rename(body)
+            model = body.get("model")
+            await self.aside(len(model) if isinstance(model, str) else 0, self.rename, body)
             return None
         (weights,) = await self.routing.weigh([_text(body, path)])
         chosen = composed(asked, rounded(dict(weights.items()), self.step, self.top))
@@ -86,6 +93,16 @@ class Front:
         terms = chosen or Composition()
         said = {"composition": str(terms), "weights": dict(terms.terms), "rule": str(asked.bound)}
         return said | {"route": route.model_dump(exclude_none=True)}
+
+    async def aside(self, size: int, work: Callable[[T], R], given: T) -> R:
+        """`work`, for something of so many characters: what is long in a thread, one by one."""
+        if size <= _LONG:
+            return work(given)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, work, given)
+
+    def close(self) -> None:
+        self.routing.close()
+        self._reader.shutdown(wait=False, cancel_futures=True)
 
     def rename(self, body: dict[str, Any]) -> None:
         """Put a composition's one name into a request, in place."""
@@ -116,7 +133,7 @@ def create_front(front: Front, key: str | None = None, hosts: Sequence[str] | No
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        front.routing.close()
+        front.close()
         await front.upstream.close()
 
     app = FastAPI(title="LoRAlloy front", version=__version__, lifespan=lifespan, openapi_url=None)
@@ -166,7 +183,7 @@ def create_front(front: Front, key: str | None = None, hosts: Sequence[str] | No
             raw += part
             if len(raw) > MAX_BODY:
                 return JSONResponse(error_body(f"larger than {MAX_BODY} bytes", "invalid_request_error"), 413)
-        return await forward(front.upstream, request, front.renamed(bytes(raw)), None)
+        return await forward(front.upstream, request, await front.aside(len(raw), front.renamed, bytes(raw)), None)
 
     @app.exception_handler(LoralloyError)
     async def wrong(_: Request, error: LoralloyError) -> JSONResponse:
