@@ -6,8 +6,7 @@ by the next call. What fails for lack of memory is put off: it comes back when o
 first beside what else was put off, then alone. Used by benchmarks/adaptive and benchmarks/tada.
 
 Processes of one GPU take turns on it unless NVIDIA's MPS serves them (`nvidia-cuda-mps-control -d` before the first,
-`echo quit | nvidia-cuda-mps-control` at the end): beside a dozen others, a learned cell of benchmarks/adaptive took 7.4 s
-without it, 2.9 s with it.
+`echo quit | nvidia-cuda-mps-control` at the end). What that gains here has not been measured by itself.
 """
 
 from __future__ import annotations
