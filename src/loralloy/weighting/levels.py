@@ -1,6 +1,6 @@
 """How strong a merge should be, found without labels: the level at which the model's answers tell the most about its inputs.
 
-A merge that is too strong for its inputs does not say so: its answers stay confident and become all alike. Over unlabelled
+A merge that is too strong for its inputs need not say so: its answers can stay confident and become all alike. Over unlabelled
 inputs x, with p(y | x) the model's probabilities of the k answers,
 
     information = H(mean_x p(y | x)) - mean_x H(p(y | x))        nats, 0 to log k
