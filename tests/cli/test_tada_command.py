@@ -14,7 +14,9 @@ from loralloy.bank import Bank
 from loralloy.cli import tada
 from loralloy.layerwise import layer_of
 from loralloy.live.base import load_base
+from loralloy.live.scoring import encode_answer
 from loralloy.merging import Tada, merge
+from loralloy.weighting import balance
 from loralloy.weighting.gating import Gate
 from loralloy.weighting.general_texts import GENERAL
 from loralloy.weighting.probed import probe, text_batches
@@ -202,12 +204,47 @@ def test_the_level_is_chosen_without_labels(run, world, texts, tmp_path):
     assert f"level {found['level']:g} of all weights, chosen without labels" in said
 
 
+def test_answers_are_balanced_and_common_directions_taken_away(run, world, tmp_path, monkeypatch):
+    """--balance and --common: what is on disk is what is said, of the same rank, and no recipe claims to repeat it."""
+    task = world.tasks / "spam.yaml"
+    run("-o", tmp_path / "x", "--balance", "--task", task).refused("the answers begin with the same token")
+    assert not (tmp_path / "x").exists()
+
+    def second(model, tokenizer, labels):  # the tiny tokenizer begins every answer with a space
+        return model.get_output_embeddings().weight[[encode_answer(tokenizer, label)[1] for label in labels]].detach()
+
+    monkeypatch.setattr(balance, "text_directions", second)
+    plain = run("-o", tmp_path / "plain", "--json")
+    ran = run("-o", tmp_path / "a", "--balance", "--task", task, "--json")
+    assert ran.code == 0, ran
+    found = json.loads(ran.out)
+    told = found["balance"]
+    assert told["after"] < told["before"] and found["level"] is None and found["freed"] == {}
+    one, two = Adapter.load(tmp_path / "plain"), Adapter.load(tmp_path / "a")
+    assert two.name == "a" and two.max_rank == one.max_rank == json.loads(plain.out)["rank"]
+    moved = [m for m in one if not torch.equal(one[m].dense(), two[m].dense())]
+    assert moved == [told["module"]]
+    assert two.provenance["tada"]["balanced"] == {k: told[k] for k in ("module", "before", "after")}
+    assert two.provenance["merge"]["weights_source"] == "probed"
+    assert not (tmp_path / "a/recipe.yaml").exists() and any("no recipe.yaml" in note for note in found["notes"])
+    free = run("-o", tmp_path / "b", "--common", 2, "--common-of", "domain")
+    assert free.code == 0 and "freed of the directions that all inputs share" in free.out and "spam" in free.out
+    three = Adapter.load(tmp_path / "b")
+    assert set(three.provenance["tada"]["freed"]["share"]) == {"weather"}
+    assert any(not torch.equal(one[m].dense(), three[m].dense()) for m in one)
+    assert "answers balanced at " in run("-o", tmp_path / "a", "--balance", "--task", task, "--overwrite").out
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--level", "high"], "--level 'high' is not known"),
         (["--level", "auto"], "give its file with --task"),
-        (["--task", "spam.yaml"], "--task is for --level auto"),
+        (["--task", "spam.yaml"], "--task is for --level auto and --balance"),
+        (["--balance"], "--balance asks the texts in the task's words; give its file with --task"),
+        (["--balance", "--task", "free.yaml"], "free.yaml: the task has no labels"),
+        (["--balance", "--task", "spam.yaml", "--inputs", 1], "--balance compares the answers to at least two texts"),
+        (["--common", 2, "--common-of", "task"], "--common-of 'task' is not known"),
         (["--level", "auto", "--task", "free.yaml"], "free.yaml: the task has no labels"),
         (["--level", "auto", "--task", "pairs.yaml"], "pairs.yaml: the task asks with 2 columns ('text', 'other')"),
         (["--level", "auto", "--task", "spam.yaml", "--inputs", 1], "domain.jsonl gave one (--inputs 1)"),

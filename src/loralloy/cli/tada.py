@@ -66,10 +66,28 @@ def tada(
             rich_help_panel=GATE,
         ),
     ] = "",
+    balance: Annotated[
+        bool,
+        typer.Option(
+            "--balance", help="Take out what draws all answers to one side (needs --task).", rich_help_panel=MERGE
+        ),
+    ] = False,
     task: Annotated[
         OptionalPath,
-        typer.Option(help="Task file whose prompt and labels --level auto asks with.", rich_help_panel=GATE),
+        typer.Option(help="Task file whose prompt and labels --level and --balance ask with.", rich_help_panel=GATE),
     ] = None,
+    common: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Directions a module that all texts share, to which the adapters answer no more.",
+            rich_help_panel=MERGE,
+        ),
+    ] = 0,
+    common_of: Annotated[
+        str,
+        typer.Option(help="Which adapters --common frees: all, or domain (all but the first).", rich_help_panel=MERGE),
+    ] = "all",
     rule: Annotated[str, typer.Option(help="Any rule of `loralloy rules`.", rich_help_panel=MERGE)] = "tada",
     conflict: Annotated[
         Optional[str],  # noqa: UP045
@@ -111,6 +129,7 @@ def tada(
     from ..console import out as stdout
     from ..console import progress
     from ..recipe.job import check_out
+    from ..weighting.balance import PASSES, text_directions
     from ..weighting.gate_view import check_picture, draw
     from ..weighting.general_texts import GENERAL
     from ..weighting.levels import LEVELS
@@ -123,7 +142,10 @@ def tada(
         _rule(rule, conflict, threshold),
     )
     wanted = parse_rank(rank)
-    asked = _asked(level, task)
+    asked = _asked(level, balance, task)
+    if common_of not in ("all", "domain"):
+        raise LoralloyError(f"--common-of {common_of!r} is not known; choose one of all, domain")
+    which: Any = common_of
     check_out(out.absolute(), overwrite)
     if plot is not None:
         check_picture(plot, overwrite)
@@ -135,26 +157,32 @@ def tada(
     texts = draw_texts(calibration, column, inputs, seed)
     if asked is not None and len(texts) < 2:
         raise LoralloyError(
-            f"--level auto compares the answers to at least two texts; {calibration} gave one (--inputs {inputs})"
+            f"{_who(level, balance)} compares the answers to at least two texts; {calibration} gave one (--inputs {inputs})"
         )
     plain = list(GENERAL[:]) if general is None else draw_texts(general, column, inputs, seed)
     start = time.perf_counter()
     loaded, tokenizer, base = load_model(model, model_dtype)
     load = time.perf_counter() - start
-    answers = _answers(loaded, tokenizer, texts, max_length, asked, batch_size) if asked is not None else None
+    answers, directions = None, None
+    if asked is not None:
+        answers = _answers(loaded, tokenizer, texts, max_length, asked, batch_size, _who(level, balance))
+        directions = text_directions(loaded, tokenizer, asked.labels) if balance else None
 
     def batches(rows: list[str]) -> Any:
         return text_batches(tokenizer, rows, batch_size, max_length, next(loaded.parameters()).device)
 
     with progress() as bar:
         probing = bar.add_task("probe", total=len(texts) + (len(plain) if chosen.needs_general else 0))
-        leveling = bar.add_task("level", total=len(LEVELS)) if asked is not None else None
+        leveling = bar.add_task("level", total=len(LEVELS)) if level else None
         merging = bar.add_task(bound.name, total=None)
+        balancing = bar.add_task("balance", total=PASSES) if balance else None
         outcome = compose(
             adapters, loaded, batches(texts), out, general=batches(plain), gate=chosen, rule=bound, rank=wanted, dtype=dtype,
-            answers=answers, base=base, assume_same_base=assume_same_base, overwrite=overwrite,
+            common=common, common_of=which, answers=answers, levels=LEVELS if level else (), directions=directions, base=base,
+            assume_same_base=assume_same_base, overwrite=overwrite,
             on_inputs=lambda n: bar.advance(probing, n),
             on_level=lambda: bar.advance(leveling) if leveling is not None else None, on_module=lambda _: bar.advance(merging),
+            on_pass=lambda: bar.advance(balancing) if balancing is not None else None,
         )  # fmt: skip
     if save_weights is not None:
         outcome.weights.save(save_weights, overwrite)
@@ -192,33 +220,41 @@ def _gate(
     return Gate(*choices)
 
 
-def _asked(level: str, task: Path | None) -> Any:
-    """The task that --level auto asks with, or None."""
+def _who(level: str, balance: bool) -> str:
+    """The flags that ask the texts."""
+    return " and ".join(flag for flag, on in (("--level auto", level), ("--balance", balance)) if on)
+
+
+def _asked(level: str, balance: bool, task: Path | None) -> Any:
+    """The task that --level auto and --balance ask with, or None."""
     from ..tasks.task import Task
 
+    who = _who(level, balance)
     if level not in ("", "auto"):
         raise LoralloyError(f"--level {level!r} is not known; write --level auto, or give the strength with --scale")
-    if not level and task is not None:
-        raise LoralloyError("--task is for --level auto; add it, or leave --task out")
-    if not level:
+    if not who and task is not None:
+        raise LoralloyError("--task is for --level auto and --balance; add one, or leave --task out")
+    if not who:
         return None
     if task is None:
-        raise LoralloyError("--level auto asks the texts in the task's words; give its file with --task task.yaml")
+        raise LoralloyError(f"{who} asks the texts in the task's words; give its file with --task task.yaml")
     found = Task.load(task)
     if len(found.labels or ()) < 2:
         raise LoralloyError(
-            f"--task {task}: the task has no labels, so its answers cannot be compared; give the strength with --scale"
+            f"--task {task}: the task has no labels, so its answers cannot be compared; leave {who} out"
         )
     if len(found.columns) > 1:
         names = ", ".join(repr(column.name) for column in found.columns)
         raise LoralloyError(
-            f"--task {task}: the task asks with {len(found.columns)} columns ({names}), and --level auto has one text a row; "
-            "give the strength with --scale"
+            f"--task {task}: the task asks with {len(found.columns)} columns ({names}), and {who} has one text a row; "
+            "leave it out"
         )
     return found
 
 
-def _answers(model: Any, tokenizer: Any, texts: list[str], max_length: int, task: Any, batch_size: int) -> Any:
+def _answers(
+    model: Any, tokenizer: Any, texts: list[str], max_length: int, task: Any, batch_size: int, who: str
+) -> Any:
     """The answers to the texts, each cut to the tokens that the probe reads of it, as the task asks."""
     from ..weighting.levels import text_answers
 
@@ -226,7 +262,7 @@ def _answers(model: Any, tokenizer: Any, texts: list[str], max_length: int, task
     try:
         return text_answers(model, tokenizer, prompts, [task.labels] * len(prompts), batch_size)
     except LoralloyError as error:
-        raise error.within("--level auto (--max-length cuts its texts)") from None
+        raise error.within(f"{who} (--max-length cuts its texts)") from None
 
 
 def shortened(tokenizer: Any, text: str, most: int) -> str:

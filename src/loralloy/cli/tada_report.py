@@ -13,8 +13,8 @@ def describe(outcome: Outcome, gate: Gate, rule: str) -> dict[str, Any]:
     """Everything that is printed, as plain data."""
     from dataclasses import asdict
 
+    from ..weighting.conflicts import Conflicts, by_layer
     from ..weighting.gate_view import by_projection
-    from ..weighting.tada import Conflicts, by_layer
 
     report = outcome.merged.report
     return {
@@ -32,6 +32,10 @@ def describe(outcome: Outcome, gate: Gate, rule: str) -> dict[str, Any]:
         } if outcome.conflicts else None,
         "level": None if outcome.level is None else {
             "level": outcome.level.level, "tried": [list(pair) for pair in outcome.level.tried], "most": outcome.level.most,
+        },
+        "freed": dict(outcome.freed),
+        "balance": None if (b := outcome.balanced) is None else {
+            "module": b.module, "before": b.before, "after": b.after, "passes": b.passes,
         },
         "error": {"before_cast": report.error_before_cast, "stored": report.error, "cut": report.cut},
         "seconds": dict(outcome.seconds),
@@ -61,6 +65,9 @@ def show(outcome: Outcome, data: dict[str, Any], stdout: Any) -> None:
             f"level {data['level']['level']:g} of all weights, chosen without labels: the answers' information, of at most "
             f"{data['level']['most']:.3f} nats, at {tried}"
         )
+    if data["freed"]:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in data["freed"].items())
+        line(f"freed of the directions that all inputs share; of ||dW||^2 that took {shares}")
     line(f"rule {data['rule']}, rank {data['rank']}")
     if data["conflicts"]:
         made = Table(box=None, pad_edge=False)
@@ -78,6 +85,12 @@ def show(outcome: Outcome, data: dict[str, Any], stdout: Any) -> None:
         f"relative error of dW against the exact gated sum: {error['before_cast']:.2e} before the cast, {error['stored']:.2e} as "
         f"stored; of it, the cut to rank {data['rank']} lost {error['cut']:.2e} of the rule's own result"
     )
+    if data["balance"]:
+        b = data["balance"]
+        line(
+            f"answers balanced at {b['module']}: the largest shift of an answer over the inputs {b['before']:.2f} nats before, "
+            f"{b['after']:.2f} after ({b['passes']} passes); the errors above are of the merge before that"
+        )
     line("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in data["seconds"].items()))
     for note in data["notes"]:
         line(f"note: {note}")

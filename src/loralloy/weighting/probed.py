@@ -28,6 +28,7 @@ from ..factors import LoraFactors, widest
 from ..live.fit import check_fit
 from ..merging.cholesky import gram_root
 from ..merging.subspace import Span, span
+from .common import Common, Sketch
 from .moments import Moments
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Readings:
         sums: by signal, over an input's tokens, [N, M, n]; NaN where an adapter has no such module or its dW is 0.
         tokens: that were counted, [N, M].
         left_out: modules that were not probed, with the reason.
-        moments: by module, where they were asked for.
+        moments, common: by module, where they were asked for.
     """
 
     adapters: tuple[str, ...]
@@ -61,6 +62,7 @@ class Readings:
     tokens: np.ndarray
     left_out: Mapping[str, str] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
+    common: Mapping[str, Common] = field(default_factory=dict)
 
     @property
     def inputs(self) -> int:
@@ -78,7 +80,7 @@ class Readings:
         return np.divide(total, seen, out=np.full_like(total, np.nan), where=seen > 0)
 
     def of(self, inputs: Sequence[int]) -> Readings:
-        """The same of some inputs, without moments, which are of all of them."""
+        """The same of some inputs, without what is of all of them (moments, common directions)."""
         index = list(inputs)
         sums = {name: values[index] for name, values in self.sums.items()}
         return Readings(self.adapters, self.modules, sums, self.tokens[index], self.left_out)
@@ -88,7 +90,12 @@ class _Probe:
     """One module: the adapters' R A / ||dW||_F side by side, and what they answered."""
 
     def __init__(
-        self, target: nn.Module, factors: Mapping[str, LoraFactors], names: Sequence[str], moments: bool = False
+        self,
+        target: nn.Module,
+        factors: Mapping[str, LoraFactors],
+        names: Sequence[str],
+        moments: bool = False,
+        common: int = 0,
     ) -> None:
         weight = target.weight
         assert isinstance(weight, Tensor)  # check_fit has seen to it
@@ -120,6 +127,8 @@ class _Probe:
             many = self.span.r.shape[1]
             self.directions = self.span.lift(torch.eye(many, dtype=wide, device=at)[None])[0].float()
             self.square = torch.zeros(many, many, dtype=wide, device=at)
+        width = next(iter(factors.values())).shape[1]
+        self.sketch = Sketch(width, common, weight.device) if common and self.kind == "linear" else None
 
     @property
     def moments(self) -> Moments:
@@ -160,6 +169,8 @@ class _Probe:
         if self.span is not None:
             y = (self.directions[x] if self.kind == "embedding" else x.float() @ self.directions)[live]
             self.square += (y.mT @ y).to(self.square.dtype)
+        if self.sketch is not None:
+            self.sketch.add(x[live])
         if flat or live.shape[0] == self.batch:
             self.sums[-1] += found.reshape(self.batch, -1, *found.shape[-2:]).sum(1)
             self.counts[-1] += live.reshape(self.batch, -1).sum(1)
@@ -189,6 +200,7 @@ def probe(
     batches: Iterable[Batch],
     *,
     moments: bool = False,
+    common: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Readings:
     """Run the base once over the calibration inputs and read how each adapter would answer, module by module.
@@ -199,6 +211,7 @@ def probe(
         batches: the model's arguments for each batch, as it takes them by keyword: ``input_ids`` and ``attention_mask``
             (see :func:`text_batches`), or ``pixel_values``. Tokens that the mask leaves out are not counted.
         moments: whether to read :class:`Moments` too: one more thin product a module, in the same pass.
+        common: how many directions that the inputs have in common to read (see :mod:`.common`), also in the same pass.
         progress: called after each batch with the number of inputs in it.
 
     Embeddings are read by their columns; convolutions are left out, and said. The model's mode and hooks are restored.
@@ -223,7 +236,7 @@ def probe(
         if factors[owner].kind == "conv":
             left_out[name] = "a convolution"
         else:
-            probes[name] = _Probe(found[name], factors, names, moments)
+            probes[name] = _Probe(found[name], factors, names, moments, common)
     run = _without_head(model, probes)
     handles = [found[name].register_forward_hook(p.hook) for name, p in probes.items()]
     try:
@@ -255,7 +268,8 @@ def probe(
     sums: dict[str, np.ndarray] = {name: values[:, at] for at, name in enumerate(SIGNALS)}
     seen_by = np.stack([tokens[name] for name in kept], 1)
     answers = {name: probes[name].moments for name in kept} if moments else {}
-    return Readings(tuple(names), tuple(kept), sums, seen_by, left_out, answers)
+    shared = {name: sketch.common() for name in kept if (sketch := probes[name].sketch) is not None}
+    return Readings(tuple(names), tuple(kept), sums, seen_by, left_out, answers, shared)
 
 
 def _values(p: _Probe) -> np.ndarray:

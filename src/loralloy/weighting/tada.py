@@ -6,7 +6,6 @@ formulas are not public: those of :mod:`.probed`, :mod:`.gating` and :mod:`loral
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,18 +13,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter
 from ..base_ref import BaseRef, compare
 from ..errors import LoralloyError
-from ..layerwise import layer_of
 from ..merging import Merged, Plan, Rule
 from ..merging.tada import RULE, Found, watched
 from ..recipe import Recipe
-from ..recipe.job import Job, check_out
+from ..recipe.job import check_out
 from ..weights import Weights
+from .balance import Balanced, balance
 from .candidates import Candidates
+from .common import freed_bank, taken
+from .conflicts import Conflicts, conflicts_of
 from .gating import Depth, Gate, depth_slope
 from .levels import LEVELS, Answers, Level, choose_level
 from .probed import Batch, Readings, probe
@@ -47,6 +48,8 @@ class Outcome:
         conflicts: what the rule discarded, by module; empty for another rule than `tada`.
         seconds: of the probe, the gates, the level and the merge with its writing.
         level: how strong the merge is, where that was chosen.
+        balanced: how the shift of the answers was taken out, where that was asked for.
+        freed: of each adapter that was freed of common directions, the share of ||dW||_F^2 that went with them.
         notes: what a reader would not expect.
     """
 
@@ -58,51 +61,9 @@ class Outcome:
     conflicts: Mapping[str, Conflicts]
     seconds: Mapping[str, float]
     level: Level | None = None
+    balanced: Balanced | None = None
+    freed: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-@dataclass
-class Conflicts:
-    """What was discarded in some modules: counts by adapter, and norms whose squares add up over modules.
-
-    `removed` is ||what was discarded||_F over `total`, ||the gated sum||_F.
-    """
-
-    components: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
-    cleared: dict[str, int] = field(default_factory=dict)
-    squares: list[float] = field(default_factory=lambda: [0.0, 0.0])
-
-    @property
-    def removed(self) -> float:
-        return math.sqrt(self.squares[0] / self.squares[1]) if self.squares[1] else 0.0
-
-    @staticmethod
-    def join(parts: Iterable[Conflicts]) -> Conflicts:
-        """Of several modules as one."""
-        whole = Conflicts()
-        for part in parts:
-            for name in ("components", "dropped", "cleared"):
-                mine = getattr(whole, name)
-                for adapter, count in getattr(part, name).items():
-                    mine[adapter] = mine.get(adapter, 0) + count
-            whole.squares = [a + b for a, b in zip(whole.squares, part.squares, strict=True)]
-        return whole
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "components": self.components, "dropped": self.dropped, "cleared": self.cleared, "removed": self.removed,
-        }  # fmt: skip
-
-
-def by_layer(conflicts: Mapping[str, Conflicts]) -> dict[int | str, Conflicts]:
-    """Joined by layer, in order; modules without a layer under their own names."""
-    groups: dict[int | str, list[Conflicts]] = {}
-    for module, found in conflicts.items():
-        layer = layer_of(module)
-        groups.setdefault(module if layer is None else layer, []).append(found)
-    order = sorted(groups, key=lambda key: (isinstance(key, str), key))
-    return {key: Conflicts.join(groups[key]) for key in order}
 
 
 def compose(
@@ -115,8 +76,12 @@ def compose(
     gate: Gate | None = None,
     rule: Rule = RULE,
     judge: Literal["weights", "activations"] = "weights",
+    common: int = 0,
+    common_of: Literal["all", "domain"] = "all",
     answers: Answers | None = None,
     levels: Sequence[float] = LEVELS,
+    directions: Tensor | None = None,
+    read_at: int = -1,
     rank: int | str | None = None,
     dtype: str | None = None,
     base: BaseRef | None = None,
@@ -124,6 +89,7 @@ def compose(
     overwrite: bool = False,
     on_inputs: Callable[[int], None] | None = None,
     on_level: Callable[[], None] | None = None,
+    on_pass: Callable[[], None] | None = None,
     on_module: Callable[[str], None] | None = None,
 ) -> Outcome:
     """A task adapter and domain adapters in, one standard adapter out; nothing is trained.
@@ -140,13 +106,18 @@ def compose(
         judge: what conflicts of `tada` are judged on: dW, or what it answers to the calibration inputs (see
             :func:`loralloy.merging.tada.resolve`), which no recipe can repeat: `out` must be None then, and
             ``merged.adapter`` be saved.
+        common: how many directions that the calibration inputs have in common the adapters are freed of before they are merged
+            (ours; see :mod:`.common`); the gates are of the adapters as they came. No recipe repeats it: none is written.
+        common_of: all adapters are freed, or all but the first.
         answers: the model's answers to unlabelled inputs, by which the level of all weights is chosen from `levels` (ours; see
-            :func:`.levels.choose_level`); None leaves the gate's.
+            :func:`.levels.choose_level`); None, or no `levels`, leaves the gate's.
+        directions: [k, out] of the k answers: their shift over the same inputs is taken out of the merged adapter (ours; see
+            :func:`.balance.balance`); needs `answers`. No recipe repeats it: none is written. read_at: as `at` there.
         rank: of the result; None for the rule's own (`tada`: the largest parent's).
         dtype: "fp16", "bf16", "fp32" or None for the adapters'.
         base: what the model is, where known; checked against the adapters'.
         assume_same_base, overwrite: as :func:`loralloy.merge`.
-        on_inputs, on_level, on_module: progress.
+        on_inputs, on_level, on_pass, on_module: progress.
 
     Raises LoralloyError for fewer than two adapters, another base model, and what the probe, the gate and the merge raise.
     """
@@ -161,13 +132,19 @@ def compose(
             "conflicts are judged on activations by the rule 'tada' alone, and no recipe can repeat it: pass no `out`, and "
             "save the adapter that comes back"
         )
+    if directions is not None and answers is None:
+        raise LoralloyError("the answers' shift is measured on answers to unlabelled inputs; give `answers` too")
+    if common and on_activations:
+        raise LoralloyError(
+            "conflicts are judged on the activations of adapters as they came; leave `common` at 0 there"
+        )
     if out is not None:
         check_out(Path(out).absolute(), overwrite)
     bank = _recipe(adapters, None, {"assume_same_base": assume_same_base}).prepare().bank
     _check_base(bank, base)
     clock = time.perf_counter
     start = clock()
-    readings = probe(model, bank, calibration, moments=on_activations, progress=on_inputs)
+    readings = probe(model, bank, calibration, moments=on_activations, common=common, progress=on_inputs)
     reference = probe(model, bank, general, progress=on_inputs) if gate.needs_general and general is not None else None
     probed = clock()
     weights = gate.weights(readings, reference)
@@ -177,9 +154,14 @@ def compose(
         for adapter, name in enumerate(readings.adapters)
         if adapter and measured
     }
+    lost: dict[str, float] = {}
+    if common:
+        whole, chosen = bank, bank.names if common_of == "all" else bank.names[1:]
+        bank = freed_bank(bank, readings.common, common, chosen)
+        lost = {name: share for name, share in taken(whole, bank).items() if name in chosen}
     gated = clock()
     level = None
-    if answers is not None:
+    if answers is not None and levels:
         level = _level(model, bank, rule, rank, weights, answers, levels, base, on_level)
         weights = level.weights
     leveled = clock()
@@ -194,13 +176,48 @@ def compose(
     if rule.name == RULE.name:
         moments = in_order(job.plan(), readings) if on_activations else None
         job = replace(job, rule=watched(job.rule, seen, moments))
-    merged = job.merge(out, overwrite, on_module)
-    seconds = {"probe": probed - start, "gates": gated - probed, "merge": clock() - leveled}
+    if common:
+        job = replace(job, bank=bank)
+    alone = not common and directions is None  # what a recipe can repeat
+    merged = job.merge(out if alone else None, overwrite, on_module)
+    made = clock()
+    balanced = None
+    if directions is not None and answers is not None:
+        balanced = balance(model, merged.adapter, answers, directions, at=read_at, on_pass=on_pass)
+        merged = replace(merged, adapter=balanced.adapter)
+    if not alone:
+        merged = replace(
+            merged, adapter=_told(merged.adapter, common, lost, balanced, None if out is None else Path(out).name)
+        )
+        if out is not None:
+            merged.adapter.save(out, overwrite)
+    seconds = {"probe": probed - start, "gates": gated - probed, "merge": made - leveled}
     if level is not None:
         seconds["level"] = leveled - gated
+    if balanced is not None:
+        seconds["balance"] = clock() - made
     notes = [f"{len(of)} modules were not probed ({why})" for why, of in _reasons(readings).items()]
     notes += [*job.notes(), *merged.report.notes]
-    return Outcome(merged, weights, readings, reference, depth, _conflicts(job, seen), seconds, level, tuple(notes))
+    if not alone and out is not None:
+        notes.append(
+            "no recipe.yaml is written: common directions and balanced answers are only to be had from the model"
+        )
+    found = conflicts_of(job, seen)
+    return Outcome(merged, weights, readings, reference, depth, found, seconds, level, balanced, lost, tuple(notes))
+
+
+def _told(
+    adapter: Adapter, common: int, lost: Mapping[str, float], balanced: Balanced | None, name: str | None
+) -> Adapter:
+    """The adapter with what no recipe says of it in its provenance."""
+    told: dict[str, Any] = {}
+    if common:
+        told["freed"] = {"directions": common, "share": dict(lost)}
+    if balanced is not None:
+        told["balanced"] = {"module": balanced.module, "before": balanced.before, "after": balanced.after}
+    extra = {name: adapter.extra_tensor(name) for name in adapter.extra}
+    said = {**adapter.provenance, "tada": told}
+    return Adapter(name or adapter.name, dict(adapter), adapter.config, adapter.base, extra, said, adapter.licence)
 
 
 def _level(
@@ -262,23 +279,3 @@ def _reasons(readings: Readings) -> dict[str, list[str]]:
     for module, why in readings.left_out.items():
         reasons.setdefault(why, []).append(module)
     return reasons
-
-
-def _conflicts(job: Job, seen: Sequence[Found]) -> dict[str, Conflicts]:
-    """By module: batches come in the order of the plan's groups, and a batch lies within one of them."""
-    if not seen:
-        return {}
-    plan = job.plan()
-    names = [p.name for p in plan.parents]
-    batches = iter(seen)
-    result: dict[str, Conflicts] = {}
-    for group in plan.groups:
-        who, left = [names[i] for i in group.who], list(group.modules)
-        while left:
-            found = next(batches)
-            counts = [t.cpu() for t in (found.components, found.dropped, found.cleared)]  # [T, L]
-            squares = torch.stack([found.removed, found.total], 1).cpu().double().square().tolist()
-            for at, pair in enumerate(squares):
-                made = [dict(zip(who, t[:, at].tolist(), strict=True)) for t in counts]
-                result[left.pop(0)] = Conflicts(made[0], made[1], made[2], pair)
-    return result
