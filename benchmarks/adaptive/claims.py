@@ -210,9 +210,11 @@ def grows(name: str, cells: Cells) -> tuple[str, str, str]:
                 # what hardly grows need not be a line
                 straight.append(r2 > 0.9 or max(values) < 1.5 * min(values))
         n, row, fixed = rows[-1]
-        learns.append(row["moved"] > 0.02)
+        share = row["moved"] / row["start_scale"] if row.get("start_scale") else math.nan
+        learns.append(share > 0.1)  # of where it began: with many domains all coefficients are small
         said.append(
-            f"{title(rule, space)}, {n} domains: learned {100 * final(row):.1f} %, fixed "
+            f"{title(rule, space)}, {n} domains: a coefficient moved by up to {100 * share:.0f} % of its start; learned "
+            f"{100 * final(row):.1f} %, fixed "
             + ", ".join(f"W={w:g} {100 * v:.1f}" for w, v in sorted(fixed.items()))
         )
     state = (
