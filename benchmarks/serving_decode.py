@@ -29,6 +29,7 @@ from serving_world import (
 )  # fmt: skip
 
 OURS, OURS_ONE, SERVED = "ours, each row its own 4 of 16", "ours, one adapter a row", "ours, the server's scheduler"
+SERVED_ONE = "ours, the server's scheduler, one adapter a row"
 ONE, MIXED, BASE = "PEFT, one adapter for all", "PEFT, adapter_names", "the bare base"
 
 
@@ -43,6 +44,7 @@ class World:
         self.names = bank.names
         self.weights = compositions(given.rows, bank.names, given.used, given.seed)
         self.single = [bank.names[i % len(bank.names)] for i in range(given.rows)]
+        self.each_one = [Weights({name: 1.0}) for name in self.single]
         vocabulary = model.get_input_embeddings().weight.shape[0]
         self.prompts = prompts(given.rows, 8, 64, vocabulary, given.seed)
         self.peft = peft_model(model, adapters)
@@ -70,12 +72,15 @@ class World:
             return self.rate(decode(model, self.prompts, self.tokens, self.device)[1])
 
     def ours_one(self) -> float:
-        return self.ours([Weights({name: 1.0}) for name in self.single])
+        return self.ours(self.each_one)
 
-    def served(self) -> float:
+    def served_one(self) -> float:
+        return self.served(self.each_one)
+
+    def served(self, each: Any = None) -> float:
         self.seconds = 0.0
         sampling = Sampling(max_tokens=self.tokens + 1)
-        for ids, weights in zip(self.prompts, self.weights, strict=True):
+        for ids, weights in zip(self.prompts, each or self.weights, strict=True):
             self.scheduler.submit(Row(list(ids), weights, sampling, lambda event: None))
         while not self.scheduler.idle:
             self.scheduler.step()
@@ -153,13 +158,16 @@ def run(given: Any, dtype: str, clock: Clock, reserve: float) -> dict[str, Any]:
         ),
         "the bare base": spread([a / b for a, b in zip(runs[OURS], runs[BASE], strict=True)]),
     }
-    tokens, world.tokens = world.tokens, max(4, world.tokens // 16)  # a slow one, and its rate does not depend on it
-    pairs = alternate({MIXED: world.peft_mixed, OURS_ONE: world.ours_one}, min(3, given.repeats), clock, reserve + 20)
+    tokens, world.tokens = world.tokens, max(8, world.tokens // 16)  # a slow one, and its rate hardly depends on it
+    alike = {MIXED: world.peft_mixed, OURS_ONE: world.ours_one, SERVED_ONE: world.served_one}
+    pairs = alternate(alike, min(5, given.repeats), clock, reserve + 20)
     world.tokens = tokens
-    found["speed"][MIXED] = spread(pairs[MIXED])
-    found["ratios"]["PEFT's adapter_names"] = spread(
-        [a / b for a, b in zip(pairs[OURS_ONE], pairs[MIXED], strict=True)]
-    )
+    found["speed"] |= {name: spread(pairs[name]) for name in (MIXED, SERVED_ONE)}
+    for name, what in (
+        (OURS_ONE, "PEFT's adapter_names, one adapter a row"),
+        (SERVED_ONE, "the same, from the scheduler"),
+    ):
+        found["ratios"][what] = spread([a / b for a, b in zip(pairs[name], pairs[MIXED], strict=True)])
     said(f"{dtype}: adapter_names", clock)
     whole = [world.ours_whole() for _ in range(3)]
     ways = {

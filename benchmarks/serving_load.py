@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 
 from loralloy.bank import Bank
-from serving_clients import Heard, one, questions
+from serving_clients import MERGED, Heard, one, questions
 from serving_world import Clock, said
 
 
@@ -64,6 +64,20 @@ class Server:
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
+
+
+def fill(server: Server, names: list[str], texts: list[str], auto: bool) -> int:
+    """Ask once for all that the server keeps up to a bound, so that what grows afterwards is no cache that fills: every
+    adapter, every merged composition the clients ask for, the embedder's table at the words of their texts. The requests."""
+    pairs = [" + ".join(f"0.5*{n}" for n in names[:count]) for count in (2, 3)]
+    models = ["base", *names, *(f"{pair} @ {rule}" for pair in pairs for rule in MERGED)]
+    with httpx.Client(base_url=server.url, timeout=330) as http:
+        for model in models:
+            asked = {"model": model, "prompt": texts[0], "max_tokens": 1}
+            http.post("/v1/completions", json=asked).raise_for_status()
+        for text in texts if auto else ():
+            http.post("/v1/route", json={"input": text}).raise_for_status()
+    return len(models) + len(texts) * auto
 
 
 async def clients(server: Server, given: Any, names: list[str], texts: list[str], auto: bool, heard: Heard) -> None:
@@ -126,7 +140,10 @@ def run(given: Any, clock: Clock) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         server = Server(given, Path(folder))
         auto = given.index.exists()
-        said(f"the server runs, {server.rss:.0f} MiB", clock)
+        started = server.rss
+        said(f"the server runs, {started:.0f} MiB", clock)
+        filled = fill(server, names, texts, auto)
+        said(f"its caches are full, {server.rss:.0f} MiB", clock)
         try:
             asyncio.run(clients(server, given, names, texts, auto, heard))
         except BaseException:
@@ -150,6 +167,7 @@ def run(given: Any, clock: Clock) -> dict[str, Any]:
         "compositions": len({a["composition"] for a in heard.answers}), "wrong": heard.wrong, "alive": alive,
         "exit code": code, "log lines": len(log.splitlines()), "tokens": sum(len(a["tokens"]) for a in heard.answers),
         "rows a step": rows / max(steps, 1), "texts a routing": routed / max(batches, 1),
+        "filled": {"requests": filled, "before": started},
         "rss": {"start": heard.rss[0][1], "end": heard.rss[-1][1], "highest": max(r for _, r in heard.rss)},
         "rss every 10 s": [round(r) for _, r in heard.rss[::10]],
         "by minute": {"rss": by_minute(heard.rss), "own": by_minute(heard.own)},
@@ -185,6 +203,12 @@ def table(found: dict[str, Any]) -> Iterator[str]:
         f"- Memory: {r['start']:.0f} MiB at the start, {r['end']:.0f} at the end, {r['highest']:.0f} at most; in the last 60 % "
         f"of the time {found['slope']:+.1f} MiB a minute."
     )
+    if "filled" in found:
+        yield (
+            f"- Before the clients came ({found['filled']['before']:.0f} MiB), {found['filled']['requests']} requests, one after "
+            "the other, filled what the server keeps up to a bound: every adapter, the clients' merged compositions, the "
+            "embedder's table at the words of their texts. Growth after that is no cache that fills."
+        )
     if "by minute" in found:
         means = found["by minute"]
         yield (

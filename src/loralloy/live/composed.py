@@ -22,7 +22,8 @@ from ..errors import LoralloyError
 from ..weights import Weights
 from .fit import check_base, check_fit, check_saved_modules
 from .gated import Gate, Gated
-from .stacked import Stacked, grouped, overflow, place, scaled, spread
+from .group import grouped, spread
+from .stacked import Stacked, overflow, place, scaled
 
 if TYPE_CHECKING:
     from ..bank import Bank

@@ -19,7 +19,8 @@ from ..base_ref import BaseRef
 from ..errors import LoralloyError
 from ..weights import Weights
 from .fit import check_base, check_fit, check_saved_modules
-from .stacked import Group, Stacked, grouped, overflow, place, scaled, spread
+from .group import Group, grouped, spread
+from .stacked import Stacked, overflow, place, scaled
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
