@@ -101,6 +101,8 @@ def _grown(panel: Any, growing: dict[str, Cells]) -> None:
     every = sorted({n for cells in growing.values() for merge in CHOSEN for n, _, _ in growth_rows(cells, *merge)})
     panel.set(xlabel="domains", ylabel="learning, s", xticks=every)
     second.set_ylabel("terms, MB")
+    for axis in (panel, second):
+        axis.set_ylim(bottom=0)  # else the noise of what hardly grows looks like a mountain
     panel.set_title("Growth of a stream", fontsize=10)
     panel.grid(alpha=0.3)
     _legend(panel, second)
