@@ -32,7 +32,7 @@ def verdicts(half: Half, cells: Cells) -> list[tuple[str, str, str]]:
     """(statement, measured, verdict)."""
     found = [_margin(half, cells), _ties(half, cells)] if half.name == "language" else []
     found += [_leads(half, cells), _average(half, cells), _newer(half, cells)]
-    found += [_free(half, cells), _level(half, cells)]
+    found += [_free(half, cells), _adds(half, cells, "free"), *balanced(half, cells)]
     found += [_part(half, cells, "gate"), _part(half, cells, "removal"), _depth(half, cells)]
     return [f for f in found if f is not None]
 
@@ -63,10 +63,11 @@ def _margin(half: Half, cells: Cells) -> tuple[str, str, str] | None:
     i, said = _both(half, cells, ("dare_ties", "best", half.rank))
     if not i.pairs:
         return None
-    verdict = (
-        "met" if i.value >= MARGIN and i.low > 0 else "missed" if i.value < MARGIN else "not shown: interval holds 0"
-    )
-    return "average against DARE-TIES at its best density: at least +3.6 points", said, verdict
+    return "average against DARE-TIES at its best density: at least +3.6 points", said, _by_margin(i)
+
+
+def _by_margin(i: Interval) -> str:
+    return "met" if i.value >= MARGIN and i.low > 0 else "missed" if i.value < MARGIN else "not shown: interval holds 0"
 
 
 def _ties(half: Half, cells: Cells) -> tuple[str, str, str] | None:
@@ -117,18 +118,54 @@ def _free(half: Half, cells: Cells) -> tuple[str, str, str] | None:
     return what, f"{METHODS[top[0]].title}: {i.points()} points", _said(i, i.above)
 
 
-def _level(half: Half, cells: Cells) -> tuple[str, str, str] | None:
-    """Does the level earn its place: over all methods that have both, weights of 1 being the alternative."""
+ADDED = {"free": "a level chosen without labels adds", "balanced": "answers balanced without labels add"}
+
+
+def _adds(half: Half, cells: Cells, at: str) -> tuple[str, str, str] | None:
+    """Does what is done without labels earn its place: over all methods that have both, weights of 1 being the alternative."""
     mine = half.designs[0]
-    i = cells.difference((mine, "free", half.rank), (mine, "ones", half.rank))
+    i = cells.difference((mine, at, half.rank), (mine, "ones", half.rank))
     if not i.pairs:
         return None
-    others = [m.name for m in BASELINES if cells.of(m.name, "free", half.rank) and cells.of(m.name, "ones", half.rank)]
-    gains = [cells.difference((n, "free", half.rank), (n, "ones", half.rank)) for n in others]
+    others = [m.name for m in BASELINES if cells.of(m.name, at, half.rank) and cells.of(m.name, "ones", half.rank)]
+    gains = [cells.difference((n, at, half.rank), (n, "ones", half.rank)) for n in others]
     said = f"{i.points()} points" + (
         f"; of {len(gains)} baselines it helps {sum(g.value > 0 for g in gains)}" if gains else ""
     )
-    return "a level chosen without labels adds to ours at weights of 1", said, _said(i, i.above)
+    return f"{ADDED[at]} to ours at weights of 1", said, _said(i, i.above)
+
+
+def balanced(half: Half, cells: Cells) -> list[tuple[str, str, str] | None]:
+    """Of the balance, which is this project's and which all rules can be given: ours has it, and the others with and without."""
+    mine, tuned = (half.designs[0], "balanced", half.rank), (half.designs[0], "tuned", half.rank)
+    found = [_adds(half, cells, "balanced")]
+    margin = cells.difference(mine, ("dare_ties", "best", half.rank))
+    if half.name == "language" and margin.pairs:
+        what = "ours balanced, without labels, against DARE-TIES at its best by validation: at least +3.6 points"
+        found.append((what, f"{margin.points()} points", _by_margin(margin)))
+    top = _top(cells, mine, rivals(half, cells))
+    if top is not None:
+        i = cells.difference(mine, top)
+        what = "ours balanced, without labels, above the best training-free rule at its best by validation"
+        found.append(
+            (f"{what} (which is not balanced)", f"{METHODS[top[0]].title}: {i.points()} points", _said(i, i.above))
+        )
+    top = _top(cells, mine, [(m.name, "balanced", half.rank) for m in BASELINES])
+    if top is not None:
+        i = cells.difference(mine, top)
+        said = f"{METHODS[top[0]].title}: {i.points()} points"
+        other = _top(cells, tuned, [(m.name, "tuned", half.rank) for m in BASELINES])
+        if other is not None:
+            said += f"; both at their best by validation first, {METHODS[other[0]].title}: "
+            said += cells.difference(tuned, other).points()
+        what = "ours balanced, without labels, above the best training-free rule balanced too (in hindsight)"
+        found.append((what, said, _said(i, i.above)))
+    i = cells.difference(mine, ("task", "balanced", half.rank))
+    if i.pairs:
+        found.append(
+            ("ours balanced above the task adapter alone, balanced too", f"{i.points()} points", _said(i, i.above))
+        )
+    return found
 
 
 def _part(half: Half, cells: Cells, part: str) -> tuple[str, str, str] | None:

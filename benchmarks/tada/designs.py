@@ -27,6 +27,8 @@ class Method:
         gate: keywords of `loralloy.weighting.gating.Gate`; None for one weight an adapter.
         reference: of a gate that needs one: "general" (built-in text; language only) or "task" (unlabelled training inputs of
             the task's own domain).
+        common: how many directions that the calibration inputs have in common adapters are freed of. common_of: "all" or
+            "domain".
         judge: what conflicts are judged on. inputs: calibration inputs; None for the plan's number.
         trains: "" for a merge without training, or what is learned from: "labels", "entropy".
         grain: of learned coefficients.
@@ -42,6 +44,8 @@ class Method:
     densities: tuple[float, ...] = ()
     gate: Mapping[str, Any] | None = None
     reference: str = "general"
+    common: int = 0
+    common_of: str = "all"
     judge: str = "weights"
     inputs: int | None = None
     trains: str = ""
@@ -147,6 +151,12 @@ DESIGNS = (
           judge="activations"),
     _ours("plain", "gate without a reference, shared at threshold 0", threshold=0.0, gate={"reference": "none"}),
     _ours("based", "gate against the base's answer, shared at threshold 0", threshold=0.0, gate={"reference": "base"}),
+    # the domain adapter without what its inputs have in common (loralloy.weighting.common)
+    _ours("freed", "domain freed of 1 common direction, gate without a reference, shared at threshold 0", threshold=0.0,
+          gate={"reference": "none"}, common=1, common_of="domain"),
+    _ours("freed_4", "domain freed of 4 common directions, gate without a reference, shared at threshold 0", threshold=0.0,
+          gate={"reference": "none"}, common=4, common_of="domain"),
+    Method("linear_freed", "linear, domain freed of 1 common direction", common=1, common_of="domain"),
     # entries instead of components, for comparison: the gates of ours under the mark to beat
     _gated_ties("gated_ties", "gate, then TIES 0.2 on dW, uncut", {}, "full"),
     _gated_ties("gated_ties_cut", "gate, then TIES 0.2 on dW, cut to r", {}, "max"),
@@ -160,8 +170,12 @@ DESIGNS = (
     _gated("gated_pico", "Pico, then the gate's sum, cut to r", before="pico"),
 )  # fmt: skip
 
-# What a method's level is chosen for without labels, on the development pairs too (the others were behind in a first round).
-LEVELED = ("default", "plain", "based", "anchored", "activations", "gate_raw", "shared_0", "gated_core", "gated_knots")
+# Whose level is chosen, and whose answers are balanced, without labels, on the development pairs too (others were behind in a
+# first round).
+LEVELED = (
+    "default", "plain", "based", "anchored", "activations", "gate_raw", "shared_0", "gated_core", "gated_knots",
+    "freed", "freed_4", "linear_freed",
+)  # fmt: skip
 
 METHODS = {m.name: m for m in (*BASELINES, *LEARNED, *DESIGNS)}
 THRESHOLDS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)

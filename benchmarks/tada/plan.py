@@ -35,11 +35,11 @@ PARTS = {
     "screen": (21, "base, task, domain and own adapter on validation rows of finals and reserves"),
     "develop": (30, "designs and some baselines on the development pairs"),
     "tried": (31, "every design at weights of 1 on the development pairs of the first round"),
-    "alone": (40, "base, task adapter and domain adapter on the final pairs"),
-    "design": (41, "the designs of pairs.yaml on the final pairs, also at their best coefficients"),
+    "alone": (40, "base, task adapter (also balanced) and domain adapter on the final pairs"),
+    "design": (41, "the designs of pairs.yaml on the final pairs, also at their best coefficients, and balanced"),
     "best": (
         42,
-        "the baselines on the final pairs: at 0.5/0.5, at 1/1, at a level chosen without labels, and by validation",
+        "the baselines on the final pairs: at 0.5/0.5, at 1/1, at a level chosen without labels, by validation, and balanced",
     ),
     "parts": (50, "ablations of the first design"),
     "learned": (60, "learned coefficients (these train)"),
@@ -70,7 +70,8 @@ class Job:
 @dataclass(frozen=True)
 class Cell:
     """One method on one pair and seed. at: "even" (0.5/0.5), "ones", "free" (a level of 1/1 chosen without
-    labels), "best" (by validation rows) or "" (nothing to choose)."""
+    labels), "best" (by validation rows), "balanced" (1/1 as one adapter, the shift of its answers then taken out without labels),
+    "tuned" (as "best" chose, then balanced) or "" (nothing to choose)."""
 
     pair: str
     seed: int
@@ -233,6 +234,7 @@ def _cells(half: Half, part: str, pair: str, seed: int) -> Iterator[Group]:
     rank, first = half.rank, METHODS[half.designs[0]]
     both = adapters(half, pair, seed)
     own = replace(both[1], kind="own")
+    alone = [*((m, "") for m in ALONE), (ALONE[1], "balanced")]
 
     def group(methods: Sequence[tuple[Method, str]], needs: Sequence[Job], at_rank: int = rank) -> Group:
         cells = tuple(Cell(pair, seed, at_rank, of_half(m, half.name), at) for m, at in methods)
@@ -241,18 +243,20 @@ def _cells(half: Half, part: str, pair: str, seed: int) -> Iterator[Group]:
     if part == "screen":
         yield group([(m, "") for m in (*ALONE, OWN)], (*both, own))
     elif part == "develop":
-        yield group([(m, "") for m in ALONE], both)
-        yield group([(METHODS[n], at) for at in ("ones", "free") for n in LEVELED], both)
-        yield group([(METHODS[n], at) for at in ("best", "free") for n in TUNED_BESIDE], both)
+        yield group(alone, both)
+        yield group([(METHODS[n], at) for at in ("ones", "free", "balanced") for n in LEVELED], both)
+        yield group([(METHODS[n], at) for at in ("best", "free", "balanced") for n in TUNED_BESIDE], both)
     elif part == "tried":
         yield group([(m, "ones") for m in DESIGNS], both)
     elif part == "alone":
-        yield group([(m, "") for m in ALONE], both)
-    elif part == "design":
-        yield group([(METHODS[n], at) for at in ("ones", "free", "best") for n in half.designs], both)
+        yield group(alone, both)
+    elif part == "design":  # "tuned" reads what "best" has chosen
+        yield group(
+            [(METHODS[n], at) for at in ("ones", "free", "best", "balanced", "tuned") for n in half.designs], both
+        )
     elif part == "best":
         for some in (BASELINES[:5], BASELINES[5:10], BASELINES[10:]):
-            yield group([(m, at) for m in some for at in ("best", "free", "even", "ones")], both)
+            yield group([(m, at) for m in some for at in ("best", "free", "even", "ones", "balanced", "tuned")], both)
     elif part == "parts":
         yield group([(m, "ones") for m in ablations(first)], both)
     elif part == "learned":

@@ -19,15 +19,20 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [p for p in (str(HERE), str(HERE.parent), str(ROOT / "src")) if p not in sys.path]
 
 import claims  # noqa: E402
-from designs import BASELINES, COEFFICIENTS, DESIGNS, LEARNED, METHODS, RANKS, SIZES, TUNED_BESIDE, of_half  # noqa: E402
+import notes  # noqa: E402
+from designs import BASELINES, DESIGNS, LEARNED, METHODS, RANKS, SIZES, TUNED_BESIDE, of_half  # noqa: E402
 from figures import draw  # noqa: E402
-from plan import ALONE, HALVES, PARTS, Half, folder, groups, load  # noqa: E402
+from plan import ALONE, HALVES, Half, load  # noqa: E402
 from results import Cells, bits, packed, percent, table  # noqa: E402
 
 from loralloy.atomic import atomic_file  # noqa: E402
 from loralloy.weighting.levels import LEVELS  # noqa: E402
 
-AT = {"even": "0.5/0.5", "ones": "1/1", "free": "level chosen without labels", "best": "best by validation"}
+AT = {
+    "even": "0.5/0.5", "ones": "1/1", "free": "level chosen without labels", "balanced": "1/1, answers balanced without labels",
+    "best": "best by validation", "tuned": "best by validation, then balanced",
+}  # fmt: skip
+BALANCED = "task adapter alone, answers balanced without labels"
 ROOM, OVER_BASE = 0.03, 0.05  # the rule of pairs.yaml
 
 
@@ -109,14 +114,18 @@ def developed(half: Half, cells: Cells) -> list[str]:
     """All that was tried on the development pairs, the best first."""
     found = []
     configs = [(m.name, "", half.rank) for m in ALONE]
-    configs += [(m.name, at, half.rank) for at in ("ones", "free") for m in DESIGNS]
-    configs += [(n, at, half.rank) for at in ("best", "free") for n in TUNED_BESIDE]
+    configs += [("task", "balanced", half.rank)]
+    configs += [(m.name, at, half.rank) for at in ("ones", "free", "balanced") for m in DESIGNS]
+    configs += [(n, at, half.rank) for at in ("best", "free", "balanced") for n in TUNED_BESIDE]
     pairs = half.pairs("development")
     titles = {m.name: m.title for m in ALONE}
     for config in configs:
         if cells.of(*config):
             title = titles.get(config[0]) or METHODS[config[0]].title
-            said = f"{title} ({config[0]})" + (f", {AT[config[1]]}" if config[1] in ("best", "free") else "")
+            said = f"{title} ({config[0]})" + (
+                f", {AT[config[1]]}" if config[1] in ("best", "free", "balanced") else ""
+            )
+            said = f"{BALANCED} (task)" if config[:2] == ("task", "balanced") else said
             beside = cells.difference(config, ("ties", "best", half.rank))
             whole = len(cells.by_pair(*config)) == len(
                 pairs
@@ -139,6 +148,9 @@ def main_table(half: Half, cells: Cells) -> list[str]:
     rows = []
     for m in ALONE:
         rows.append([m.title, *_pairs(half, cells, (m.name, "", half.rank)), ""])
+    even = ("task", "balanced", half.rank)
+    if cells.of(*even):
+        rows.append([BALANCED, *_pairs(half, cells, even), cells.difference(even, mine).points()])
     for at, said in AT.items():
         for m in (*BASELINES, *(METHODS[n] for n in half.designs)):
             config = (m.name, at, half.rank)
@@ -205,16 +217,17 @@ def page(half: Half, screen: Cells, develop: Cells, final: Cells, verdicts: Sequ
         f"conflicts judged on {design.judge}), cut to rank {half.rank}. The formulas are this project's own (docs/tada.md); no "
         "number is the paper's.", "",
         f"Model `{Path(f['model']).name}`, rank {half.rank}, seeds {', '.join(map(str, half.seeds))} (adapters, heads, "
-        f"calibration samples of {half.calibration} inputs); {len(final.rows)} of {_planned(half)} cells, {', '.join(devices)}. "
-        "Pairs, losses, splits and the reasons for them: benchmarks/tada/pairs.yaml. Test rows: "
+        f"calibration samples of {half.calibration} inputs); {len(final.rows)} of {notes.planned(half)} cells, "
+        f"{', '.join(devices)}. Pairs, losses, splits and the reasons for them: benchmarks/tada/pairs.yaml. Test rows: "
         + ", ".join(f"{p} {tested[p]}" for p in half.pairs("final") if p in tested) + ".", "",
-        *_unfinished(half, final), *_other_grids(final),
+        *notes.unfinished(half, final), *notes.other_grids(final),
         f"A level chosen without labels is the one of {len(LEVELS)} at which the answers to the calibration inputs have the most "
         "information (docs/tada.md). It, and coefficients below 0.5, came after a first round had shown the test rows of these "
         "pairs: what they add here is seen, not foretold. Coefficients and densities at their best are those that "
         "validation rows of the domain choose, for ours and all others "
         "alike; baselines are not cut to the rank unless it is said. Intervals: 95 %, a bootstrap of pairs, then seeds and rows "
         "within a pair. Six pairs are few: an interval says what these six say.", "",
+        *notes.balance(final),
         "```sh", "python benchmarks/tada/run.py --jobs 12 --until 540   # again until nothing is left",
         "python benchmarks/tada/report.py --write", "```", "",
     ]  # fmt: skip
@@ -236,46 +249,6 @@ def page(half: Half, screen: Cells, develop: Cells, final: Cells, verdicts: Sequ
     if merged:
         lines += [f"A merge of ours took {merged[len(merged) // 2]:.2f} s (median, beside other processes)."]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _unfinished(half: Half, cells: Cells) -> list[str]:
-    """What of the plan is not there, by part."""
-    have = {
-        (r["cell"]["pair"], r["cell"]["seed"], r["cell"]["rank"], r["cell"]["method"], r["cell"]["at"])
-        for r in cells.rows
-    }
-    told = []
-    for part, (_, what) in PARTS.items():
-        names = [
-            c for g in groups(half) if g.part == part and folder(half.name, part).endswith("final") for c in g.cells
-        ]
-        left = sum((c.pair, c.seed, c.rank, c.method.name, c.at) not in have for c in names)
-        if left:
-            told.append(f"{what}: {left} of {len(names)} cells")
-    return (
-        [f"**Unfinished.** Missing are, of {'; of '.join(told)}. Averages over fewer than six pairs say so.", ""]
-        if told
-        else []
-    )
-
-
-def _other_grids(cells: Cells) -> list[str]:
-    """Cells of an earlier round stay until they are removed (worker.py tells them): their best is one of other coefficients."""
-    among = [r["among"] for r in cells.rows if "among" in r]
-    found = {n: among.count(n) for n in sorted(set(among)) if n != len(COEFFICIENTS)}
-    if not found:
-        return []
-    told = " and ".join(f"{count} among {n}" for n, count in found.items())
-    return [
-        f"**Other coefficients.** Of {len(among)} cells at their best by validation, {told} pairs of coefficients were chosen, "
-        f"not among the {len(COEFFICIENTS)} that are tried now.",
-        "",
-    ]
-
-
-def _planned(half: Half) -> int:
-    """Cells of the final pairs that there are to compute."""
-    return sum(len(g.cells) for g in groups(half) if folder(half.name, g.part).endswith("final"))
 
 
 def _rounded(value: Any) -> Any:

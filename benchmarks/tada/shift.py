@@ -140,7 +140,8 @@ def page(found: Sequence[dict[str, Any]], left_out: Sequence[str], given: argpar
         "# TaDA: are the classes apart, or the answers on one side?",
         "",
         f"Development pairs, seed {given.seed}, {given.rows} validation rows of each domain, SmolLM2-135M-Instruct in "
-        f"{given.dtype} on {where}. Balanced: `loralloy.weighting.balance` over {given.inputs} unlabelled training inputs. AUC is the share of "
+        f"{given.dtype} on {where}. Balanced: `loralloy.weighting.balance` over {given.inputs} unlabelled training inputs. "
+        "AUC is the share of "
         'pairs of a row of either label that are in the right order. "First" is the share of rows answered with the first label; '
         "its true share is the pair's base rate. These rows chose the balance as a design: they are no test of it.",
         "",

@@ -10,6 +10,7 @@ import torch
 from plan import HERE, LEARNED_ROWS, Half, Job
 from texts import as_task, inputs
 
+from loralloy.errors import LoralloyError
 from loralloy.live.base import load_base
 from loralloy.live.scoring import correct, predict
 from loralloy.tasks.task import Example, Task
@@ -26,6 +27,8 @@ _PROBED = 192  # tokens of a calibration text
 
 
 class TextSite:
+    read_at = -1  # the last token: prompts are padded on the left
+
     def __init__(self, half: Half, out: Path, device: str = "auto") -> None:
         self.half, self.out, self.device = half, out, device
         self.path = str((HERE / half.fields["model"]).resolve())
@@ -101,6 +104,17 @@ class TextSite:
         chosen = [rows[texts[i]] for i in drawn(len(texts), count, seed)]
         prompts = [self._prompt(e, task) for e in chosen]
         return text_answers(self.model, self.tokenizer, prompts, [e.options for e in chosen], 64)
+
+    def directions(self, domain: str) -> torch.Tensor:
+        """[labels, hidden], what raises each label at the last token. Raises LoralloyError for a task without labels."""
+        from loralloy.weighting.balance import text_directions
+
+        task = self.task("domain", domain)
+        if not task.labels:
+            raise LoralloyError(
+                f"the rows of task {task.name!r} have options of their own: there is no shift that all share"
+            )
+        return text_directions(self.model, self.tokenizer, task.labels)
 
     def objective(self, domain: str, kind: str, seed: int) -> Any:
         """Of learned coefficients: labelled training rows of the domain, or unlabelled prompts, as many as are calibrated on."""

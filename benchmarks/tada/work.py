@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -13,22 +12,29 @@ from typing import Any
 
 import torch
 from designs import COEFFICIENTS, Method
+from gates import discarded, over_depth
+from kept import key, tuned
+from learned import learned
 from plan import Cell, Half, Job, adapters, split
 
 from loralloy.adapter import Adapter
 from loralloy.bank import Bank
+from loralloy.errors import LoralloyError
 from loralloy.live.learnable import Learnable
 from loralloy.live.merged_rows import MergedRows
 from loralloy.merging import get_rule, make_plan, run
 from loralloy.merging.tada import Found, watched
+from loralloy.weighting.balance import balance
 from loralloy.weighting.candidates import can_learn
-from loralloy.weighting.gating import Gate, depth_slope, depths
+from loralloy.weighting.common import freed_bank
+from loralloy.weighting.gating import Gate
 from loralloy.weighting.levels import LEVELS, information
 from loralloy.weighting.probed import Readings, probe
 from loralloy.weighting.tada import in_order
 from loralloy.weights import Weights
 
 NAMES = ("task", "domain")
+COMMON = 16  # directions that are read; methods use fewer
 
 
 class Site:
@@ -47,6 +53,7 @@ class Site:
         self.inner = inner
         self._held: tuple[Any, ...] | None = None
         self._bank: Bank | None = None
+        self._freed: dict[tuple[Any, ...], Bank] = {}
         self._readings: dict[tuple[Any, ...], Readings] = {}
         self._live: tuple[tuple[Any, ...], Learnable] | None = None
 
@@ -59,13 +66,18 @@ class Site:
 
     def drop(self) -> None:
         """The model without anything in it."""
+        self._bare()
+        self._held = self._bank = None
+        self._readings.clear()
+        self._freed.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _bare(self) -> None:
+        """No live terms in the model."""
         if self._live is not None:
             self._live[1].remove()
             self._live = None
-        self._held = self._bank = None
-        self._readings.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def train(self, job: Job) -> float:
         """Seconds; 0 for an adapter that is there."""
@@ -89,7 +101,8 @@ class Site:
         if cell.method.name in ("base", "task", "domain", "own"):
             told = self._alone(cell, domain)
         elif cell.method.trains:
-            told = self._learned(cell, domain)
+            self._bare()
+            told = learned(self.inner, self.bank, cell, domain, bool(self.half.few), lambda: self._score(domain))
         else:
             told = self._merged(cell, domain)
         settings = {
@@ -122,6 +135,16 @@ class Site:
             self._bank = Bank([Adapter.load(self.folder(j), n) for j, n in zip(jobs, NAMES, strict=True)])
         return self._bank
 
+    def bank_of(self, method: Method) -> Bank:
+        """The adapters, freed of what the inputs have in common where the method says so."""
+        if not method.common:
+            return self.bank
+        wanted = (method.common, method.common_of, method.inputs)
+        if wanted not in self._freed:
+            chosen = NAMES if method.common_of == "all" else NAMES[1:]
+            self._freed[wanted] = freed_bank(self.bank, self.readings(method)[0].common, method.common, chosen)
+        return self._freed[wanted]
+
     def _score(self, domain: str, splits: tuple[str, ...] = ("validation", "test")) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name in splits:
@@ -141,12 +164,35 @@ class Site:
             adapter = Adapter.load(self.folder(job), "own")
         else:
             adapter = self.bank[name]
+        told: dict[str, Any] = {}
+        if cell.at == "balanced":
+            adapter, told = self.balanced(adapter, cell, domain)
+        with self.held(adapter):
+            return {**self._score(domain, splits), **told}
+
+    @contextlib.contextmanager
+    def held(self, adapter: Adapter) -> Iterator[None]:
+        """One adapter in the model, in full."""
         rows = MergedRows(self.inner.model)
         try:
             with torch.no_grad(), rows.use([adapter], [0]):
-                return self._score(domain, splits)
+                yield
         finally:
             rows.remove()
+
+    def balanced(self, adapter: Adapter, cell: Cell, domain: str) -> tuple[Adapter, dict[str, Any]]:
+        """The adapter without the shift of its answers over the calibration inputs, and what is told of it; the adapter as it
+        is, and why, where there is no balance."""
+        began, count = time.perf_counter(), cell.method.inputs or self.half.calibration
+        try:
+            directions = self.inner.directions(domain)
+            answers = self.inner.unlabelled_answers(domain, count, cell.seed)
+            done = balance(self.inner.model, adapter, answers, directions, at=self.inner.read_at)
+        except LoralloyError as error:
+            told = {"reason": str(error)}
+        else:
+            adapter, told = done.adapter, {n: getattr(done, n) for n in ("module", "before", "after", "passes")}
+        return adapter, {"balance": told, "seconds": {"balance": time.perf_counter() - began}}
 
     def _merged(self, cell: Cell, domain: str) -> dict[str, Any]:
         method = cell.method
@@ -177,53 +223,59 @@ class Site:
                 if one not in seen:
                     seen[one] = look(values, one)
             scale = max(COEFFICIENTS, key=lambda c: seen[c])
-        with self.set(method, scale, values) as told:
-            found = self._score(domain)
+        if cell.at == "tuned":
+            scale, values = tuned(self.out, self.half, cell)
+        if cell.at in ("balanced", "tuned"):
+            made, told = self.made(method, scale, values)
+            made, more = self.balanced(made, cell, domain)
+            told = {**told, **more, "seconds": {**told["seconds"], **more["seconds"]}}
+            with self.held(made):
+                found = self._score(domain)
+        else:
+            with self.set(method, scale, values) as told:
+                found = self._score(domain)
         found |= {"scale": list(scale), **values, **({"tried": tried} if tried else {})}
-        return {**found, **told, **(self.gates(method) if method.gate else {})}
+        gates = over_depth(method, cell.seed, *self.readings(method)) if method.gate else {}
+        return {**found, **told, **gates}
 
     @contextlib.contextmanager
     def set(self, method: Method, scale: tuple[float, float], values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The merge in the model: as a sum of terms where a rule has them and nothing is cut, else as the merged adapter."""
         began = time.perf_counter()
-        weights = self.weights(method, scale)
-        rule = get_rule(method.rule)
-        given = {**method.values, **values}
-        rule = rule(**given) if given else rule
-        told: dict[str, Any] = {}
+        rule = _rule(method, values)
         if method.rank == "full" and method.before is None and can_learn(rule, method.space):
-            wanted = (self._held, str(rule), method.space)
+            weights, bank = self.weights(method, scale), self.bank_of(method)
+            wanted = (self._held, str(rule), method.space, method.common, method.common_of, method.inputs)
             if self._live is None or self._live[0] != wanted:
-                if self._live is not None:
-                    self._live[1].remove()
-                self._live = (wanted, Learnable(self.inner.model, self.bank, rule, method.space))
+                self._bare()
+                self._live = (wanted, Learnable(self.inner.model, bank, rule, method.space))
             with torch.no_grad(), self._live[1].at(weights):
-                told["seconds"] = {"merge": time.perf_counter() - began}
-                yield told
+                yield {"seconds": {"merge": time.perf_counter() - began}}
             return
+        made, told = self.made(method, scale, values)
+        with self.held(made):
+            yield told
+
+    def made(
+        self, method: Method, scale: tuple[float, float], values: Mapping[str, Any]
+    ) -> tuple[Adapter, dict[str, Any]]:
+        """The merge as one adapter, and what is told of it."""
+        began = time.perf_counter()
+        bank = self.bank_of(method)
         plan = make_plan(
-            self.bank, weights, rule, method.space, method.rank, torch.float32, before=method.before, measure="none",  # type: ignore[arg-type]
-            device=self.device,
+            bank, self.weights(method, scale), _rule(method, values), method.space, method.rank, torch.float32,  # type: ignore[arg-type]
+            before=method.before, measure="none", device=self.device,  # type: ignore[arg-type]
         )  # fmt: skip
         seen: list[Found] = []
         if method.rule == "tada":
             moments = in_order(plan, self.readings(method)[0]) if method.judge == "activations" else None
-            plan = dataclasses.replace(plan, rule=watched(rule, seen, moments))
+            plan = dataclasses.replace(plan, rule=watched(plan.rule, seen, moments))
         with torch.no_grad():
-            made = run(plan, self.bank).adapter
+            made = run(plan, bank).adapter
+        told: dict[str, Any] = {"seconds": {"merge": time.perf_counter() - began}}
         if seen:
-            lost, all_ = (
-                torch.cat([getattr(f, n) for f in seen]).double().square().sum() for n in ("removed", "total")
-            )
-            counts = {n: sum(int(getattr(f, n).sum()) for f in seen) for n in ("components", "dropped", "cleared")}
-            told["conflicts"] = {**counts, "removed": float((lost / all_).sqrt()) if float(all_) else 0.0}
-        rows = MergedRows(self.inner.model)
-        told["seconds"] = {"merge": time.perf_counter() - began}
-        try:
-            with torch.no_grad(), rows.use([made], [0]):
-                yield told
-        finally:
-            rows.remove()
+            told["conflicts"] = discarded(seen)
+        return made, told
 
     # -- gates ---------------------------------------------------------------------------------------------------------
 
@@ -252,59 +304,13 @@ class Site:
         if name not in self._readings:
             if self._live is not None:
                 self._live[1].set(None)
-            self._readings[name] = probe(self.inner.model, self.bank, batches(), moments=moments)
+            self._readings[name] = probe(
+                self.inner.model, self.bank, batches(), moments=moments, common=COMMON if moments else 0
+            )
         return self._readings[name]
 
-    def gates(self, method: Method) -> dict[str, Any]:
-        """The domain's share by third of the depth, and the slope of log(q_D / q_T) over depth (see `depth_slope`)."""
-        assert method.gate is not None
-        gate = Gate(**{**method.gate, "scale": (1.0, 1.0), "seed": self._held[1] if self._held else 0})
-        readings, general = self.readings(method)
-        share = gate.shares(readings, general)[:, 1]
-        depth = depths(readings.modules)
-        thirds = [share[(depth >= low) & (depth <= low + 1 / 3)] for low in (0.0, 1 / 3, 2 / 3)]
-        told: dict[str, Any] = {"domain_share": [float(t.mean()) if len(t) else None for t in thirds]}
-        if gate.kind == "probe":
-            slope = depth_slope(gate, readings, general, samples=200)
-            told["slope"] = [slope.slope, slope.low, slope.high, slope.agreement]
-        return told
 
-    # -- what trains ---------------------------------------------------------------------------------------------------
-
-    def _learned(self, cell: Cell, domain: str) -> dict[str, Any]:
-        from loralloy.weighting.adamerging import CONFIG, adamerging
-        from loralloy.weighting.learned import LearnConfig, learn
-
-        method = cell.method
-        entropy = method.trains == "entropy"
-        objective = self.inner.objective(domain, method.trains, cell.seed)
-        config = dataclasses.replace(CONFIG if entropy else LearnConfig(), seed=cell.seed, rows_at_once=64)
-        if self.half.few:
-            config = dataclasses.replace(config, steps=2)
-        rule = get_rule(method.rule)(**method.values) if method.values else get_rule(method.rule)
-        if self._live is not None:
-            self._live[1].remove()
-            self._live = None
-        live = Learnable(self.inner.model, self.bank, rule, method.space)
-        began = time.perf_counter()
-        try:
-            done = (adamerging if entropy else learn)(
-                self.inner.model, self.bank, objective, rule=rule, space=method.space, granularity=method.grain,  # type: ignore[arg-type]
-                config=config, learnable=live, progress=False, **({} if entropy else {"b_max": 3.0}),
-            )  # fmt: skip
-            seconds = {"learn": time.perf_counter() - began}
-            with torch.no_grad(), live.at(done.weights):
-                return {**self._score(domain), "seconds": seconds, "rows": objective.size}
-        finally:
-            live.remove()
-
-
-def key(half: Half, cell: Cell) -> str:
-    """Of all that a cell's result depends on beside its name: the method's definition and the half's settings, with the
-    pair's own task and domain alone of all that are named there."""
-    task, domain = split(cell.pair)
-    fields = {k: v for k, v in half.fields.items() if k not in ("final", "reserves", "development", "first")}
-    fields |= {"tasks": half.fields["tasks"][task], "domains": half.fields["domains"][domain]}
-    told: list[Any] = [dataclasses.asdict(cell.method), fields, half.calibration, half.few]
-    told += [{"best": COEFFICIENTS, "free": LEVELS, "even": COEFFICIENTS[0]}.get(cell.at)]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+def _rule(method: Method, values: Mapping[str, Any]) -> Any:
+    given = {**method.values, **values}
+    rule = get_rule(method.rule)
+    return rule(**given) if given else rule

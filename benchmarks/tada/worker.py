@@ -8,8 +8,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from kept import key
 from plan import Group, Half, Job, folder, groups, load, toy
-from work import Site, key
+from work import Site
 
 from queue_cells import Piece, Queue, quiet, write
 

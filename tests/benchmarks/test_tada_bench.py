@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -81,6 +82,14 @@ def test_the_committed_plan(tada, half):
                 (c.method.gate or {}).get("reference") == "general" and c.method.reference == "general"
                 for c in group.cells
             )
+    ready: set[str] = set()  # "tuned" reads the cell at "best" of the same group
+    for group in plan.groups(found):
+        for c in group.cells:
+            if c.at == "tuned":
+                assert c.name.removesuffix("tuned") + "best" in ready, c.name
+            ready.add(c.name)
+        ready = set() if group.part in plan.TUNING else ready
+    assert sum(c.at == "tuned" for g in plan.groups(found) for c in g.cells) == 6 * 3 * (15 + len(found.designs))
     locks = [g.name for g in plan.groups(found)]
     assert len(locks) == len(set(locks)), "two groups share a lock"
     tuned = {
@@ -110,8 +119,8 @@ def test_cells_are_right_resumed_and_failures_stay_alone(small, tmp_path, monkey
     cells = work(small, out, *words)
     said = capsys.readouterr().out
     assert said.count("FAILED: no such luck") == 2 and said.count("FAILED") == 2
-    # 2 pairs: 3 alone, 2 designs at ones, free and best, 3 baselines four times less one, 3 learned
-    assert len(cells) == 2 * (3 + 6 + 12 - 1 + 3)
+    # 2 pairs: 3 alone and the task adapter balanced, 2 designs five times, 3 baselines six times less one, 3 learned
+    assert len(cells) == 2 * (4 + 10 + 18 - 1 + 3)
     folder = out / "adapters/vision/r2/s0"
     half = small.plan.load("vision")
     site = small.work.Site(half, out, "cpu")
@@ -141,15 +150,120 @@ def test_cells_are_right_resumed_and_failures_stay_alone(small, tmp_path, monkey
         assert seen[level] == pytest.approx(float((p * (p.log() - mean.log())).sum(1).mean()), rel=1e-3, abs=1e-7)
     assert list(seen) == sorted(seen) and free["scale"] == [max(seen, key=seen.get)] * 2
     live.remove()
+    balanced_cells_are_right(small, cells, site, bank)
     ours = cells["a-on-b-s0-r2-activations-ones"]
     assert ours["conflicts"]["components"] > 0 and len(ours["slope"]) == 4 and len(ours["domain_share"]) == 3
     before = {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/*.json")}
     asked.clear()
     monkeypatch.setattr(small.work.Site, "cell", lambda s, c: (asked.append(c.name), real(s, c))[1])
-    assert len(work(small, out, *words)) == 2 * (3 + 6 + 12 + 3)
+    assert len(work(small, out, *words)) == 2 * (4 + 10 + 18 + 3)
     assert asked == ["a-on-b-s0-r2-pico-even", "b-on-a-s0-r2-pico-even"]
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert work(small, tmp_path / "late", until=-1) == {}
+
+
+def test_what_a_balance_and_a_freed_adapter_need(small, tmp_path, monkeypatch):
+    import torch
+
+    from loralloy.adapter import Adapter
+    from loralloy.bank import Bank
+    from loralloy.errors import LoralloyError
+    from loralloy.live import LiveModel
+    from loralloy.weighting.common import freed_bank
+    from loralloy.weighting.probed import probe
+    from loralloy.weights import Weights
+
+    out, plan, methods = tmp_path / "out", small.plan, small.designs.METHODS
+    work(small, out, "--seeds", "0", "--parts", "task", "domain")
+    half = plan.load("vision")
+    site = small.work.Site(half, out, "cpu")
+
+    def cell(name, at):
+        return plan.Cell("a>b", 0, half.rank, plan.of_half(methods[name], "vision"), at)
+
+    # the coefficients are those of a cell that is there, and of these settings
+    with pytest.raises(LoralloyError, match=r"linear-best.json, which is not there; make that cell first"):
+        site.cell(cell("linear", "tuned"))
+    file = small.kept.path(out, half, cell("linear", "best"))
+    file.parent.mkdir(parents=True)
+    told = {"cell": {"key": small.kept.key(half, cell("linear", "best"))}, "scale": [0.5, 0.25]}
+    file.write_text(json.dumps(told))
+    assert site.cell(cell("linear", "tuned"))["scale"] == [0.5, 0.25]
+    file.write_text(json.dumps({**told, "cell": {"key": "other"}}))
+    with pytest.raises(LoralloyError, match="other settings; remove it"):
+        site.cell(cell("linear", "tuned"))
+
+    # one common direction is taken from the domain adapter, and the whole of it is kept beside
+    folder = out / "adapters/vision/r2/s0"
+    bank = Bank([Adapter.load(folder / "task-a", "task"), Adapter.load(folder / "domain-b", "domain")])
+    site.drop()
+    readings = probe(site.inner.model, bank, site.inner.unlabelled("domain", "b", half.calibration, 0), common=16)
+    live = LiveModel(site.inner.model, freed_bank(bank, readings.common, 1, ["domain"]))
+    with torch.no_grad(), live.compose(Weights(dict.fromkeys(bank.names, 1.0))):
+        want = "".join("01"[r] for r in site.inner.answers("b", "test"))
+        logits = site.inner.classifier(site.inner._seen["b", "test"][0])
+    live.remove()
+    assert site.cell(cell("linear_freed", "ones"))["correct"] == want
+    with site.set(methods["linear_freed"], (1.0, 1.0), {}):
+        assert torch.allclose(site.inner.classifier(site.inner._seen["b", "test"][0]), logits, atol=1e-5)
+    with site.set(methods["linear"], (1.0, 1.0), {}):
+        assert not torch.allclose(site.inner.classifier(site.inner._seen["b", "test"][0]), logits, atol=1e-5)
+    freed = site.cell(cell("freed", "balanced"))
+    assert freed["conflicts"]["components"] > 0 and freed["balance"]["after"] <= freed["balance"]["before"]
+
+    # where there is no balance the cell is scored as it is, with the reason
+    def none(domain):
+        raise LoralloyError("no direction")
+
+    monkeypatch.setattr(site.inner, "directions", none)
+    for name, at in (("linear", "ones"), ("task", "")):
+        method = next((m for m in plan.ALONE if m.name == name), methods.get(name))
+        plain = plan.Cell("a>b", 0, half.rank, method, at)
+        left = site.cell(dataclasses.replace(plain, at="balanced"))
+        assert left["balance"] == {"reason": "no direction"} and left["correct"] == site.cell(plain)["correct"]
+
+
+def balanced_cells_are_right(small, cells, site, bank):
+    """The balance of the task adapter and of merges that are made here in another way; what validation chose is carried on."""
+    import torch
+
+    from loralloy.adapter import Adapter
+    from loralloy.bank import Bank
+    from loralloy.live import LiveModel
+    from loralloy.merging import get_rule, merge
+    from loralloy.weighting.balance import balance, shift
+    from loralloy.weights import Weights
+
+    images = site.inner.sets["b"].load(small.site_text.sample(site.inner.sets["b"].rows("train"), 6, 0))
+    backbone = site.inner.classifier.backbone
+
+    def answers():
+        return site.inner.classifier(images).log_softmax(1)
+
+    tuned, best = cells["a-on-b-s0-r2-ties-tuned"], cells["a-on-b-s0-r2-ties-best"]
+    assert (tuned["scale"], tuned["density"]) == (best["scale"], best["density"])
+    assert "tried" not in tuned and "balance" not in best
+    at = Weights(dict(zip(bank.names, tuned["scale"], strict=True)))
+    made = {
+        "task-balanced": bank["task"],
+        "linear-balanced": merge(bank, Weights(dict.fromkeys(bank.names, 1.0)), "linear", rank="full").adapter,
+        "ties-tuned": merge(bank, at, get_rule("ties")(density=tuned["density"]), rank="full").adapter,
+    }
+    for name, adapter in made.items():
+        cell, seen = cells[f"a-on-b-s0-r2-{name}"], []
+        done = balance(backbone, adapter, answers, site.inner.directions("b"), at=0)
+        both = [Adapter(n, {m: a[m] for m in a}, a.config, a.base) for n, a in (("was", adapter), ("is", done.adapter))]
+        live = LiveModel(backbone, Bank(both, assume_same_base=True))
+        for one in live.bank.names:
+            with torch.no_grad(), live.compose(Weights({n: float(n == one) for n in live.bank.names})):
+                seen.append(float(shift(answers()).abs().max()))
+                right = "".join("01"[r] for r in site.inner.answers("b", "test"))
+        live.remove()
+        assert cell["correct"] == right, name
+        told = cell["balance"]
+        assert [told["before"], told["after"]] == pytest.approx(seen, rel=0.02, abs=1e-4), name
+        assert told["module"] == "encoder.layer.1.mlp.fc2" and 1 < told["passes"] <= 10
+        assert told["after"] < 0.2 * told["before"] and {"balance", "all"} <= set(cell["seconds"])
 
 
 def test_a_domains_text_has_no_label_and_no_hint(tada, tmp_path, monkeypatch):

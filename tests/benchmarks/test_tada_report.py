@@ -68,6 +68,85 @@ def made_up(tada, half):
     return found
 
 
+def with_balances(half, rows):
+    """Balanced, ours is 6 points above its 1/1, TIES 3, the task adapter at .76, and validation first adds nothing."""
+    found = []
+    for row in rows:
+        c = row["cell"]
+        if c["at"] not in ("ones", "best") or "~" in c["method"]:
+            continue
+        at = "balanced" if c["at"] == "ones" else "tuned"
+        more = {half.designs[0]: 0.06, "ties": 0.03}.get(c["method"], 0.0)
+        kinds = [(c["method"], at, row["test"] + more)]
+        if c["method"] == "ties" and at == "balanced":
+            kinds.append(("task", at, 0.76))
+        for method, at, score in kinds:
+            right = np.zeros(400, int)
+            right[np.random.default_rng(len(c["pair"])).permutation(400)[: round(400 * score)]] = 1
+            told = {"module": "m", "before": 1.5, "after": 0.01, "passes": 4}
+            if method == "iso_c":
+                told = {"reason": "nothing moves"}
+            found.append({**row, "cell": {**c, "method": method, "at": at}, "test": right.mean(), "balance": told,
+                          "correct": "".join(map(str, right))})  # fmt: skip
+    return found
+
+
+def test_balanced_answers_are_told_apart(tada, tmp_path, monkeypatch):
+    monkeypatch.setattr(tada.results, "SAMPLES", 100)
+    half = tada.plan.load("language")
+    before = made_up(tada, half)
+    new = with_balances(half, before)
+    cells = tada.results.Cells(before + new)
+    old = tada.claims.verdicts(half, tada.results.Cells(before))
+    verdicts = {v[0]: v for v in tada.claims.verdicts(half, cells)}
+    assert [verdicts[v[0]] for v in old] == old  # what was said stays
+    assert len(verdicts) == len(old) + 5
+
+    def points(text):
+        found = next(v for k, v in verdicts.items() if text in k)
+        return found[1], found[2]
+
+    adds = points("answers balanced without labels add to ours at weights of 1")
+    assert adds[0].startswith("+6.0 [") and adds[0].endswith("of 4 baselines it helps 1") and adds[1] == "met"
+    # ours: five pairs at .805, one at .66, rounded to rows: .781; DARE-TIES at its best .70, TIES .73, balanced .74
+    assert points("against DARE-TIES at its best by validation: at least +3.6")[0].startswith("+8.1 [")
+    assert points("(which is not balanced)")[0].startswith("TIES, dW, uncut: +5.1 [")
+    both = points("balanced too (in hindsight)")[0]
+    assert (
+        both.startswith("TIES, dW, uncut: +4.1 [")
+        and "; both at their best by validation first, TIES, dW, uncut: +" in both
+    )
+    assert points("above the task adapter alone, balanced too")[0].startswith("+2.0 [-")
+    assert not any("paper" in k for k in verdicts)
+    vision = tada.plan.load("vision")
+    assert not any("DARE" in v[0] for v in tada.claims.balanced(vision, tada.results.Cells(made_up(tada, vision))) if v)
+
+    monkeypatch.setattr(tada.report, "draw", lambda half, cells: b"")
+    for which in ("final", "develop"):
+        folder = tmp_path / f"cells/language-{which}"
+        folder.mkdir(parents=True)
+        for n, row in enumerate(before + new):
+            pairs = dict(zip(half.pairs("final"), half.pairs("development"), strict=False))
+            pair = row["cell"]["pair"] if which == "final" else pairs[row["cell"]["pair"]]
+            (folder / f"{n}.json").write_text(json.dumps({**row, "cell": {**row["cell"], "pair": pair}}))
+    (tmp_path / "docs").mkdir()
+    words = ["language", "--cells", str(tmp_path / "cells"), "--docs", str(tmp_path / "docs"), "--write"]
+    assert tada.report.main(words) == 0
+    page = (tmp_path / "docs/tada-language.md").read_text()
+    assert "an addition of this project" in page and "other rules can be given too, and they were" in page
+    assert "1.50 to 0.01 nats" in page and "nothing moves" in page
+    table, developed = page.split("## All methods")[1].split("## ")[0], page.split("## Development pairs")[1]
+    assert "| TIES, dW, uncut, 1/1, answers balanced without labels | " in table
+    assert "| TIES, dW, uncut, best by validation, then balanced | " in table
+    assert "| task adapter alone, answers balanced without labels | 76.0" in table
+    assert "| task adapter alone, answers balanced without labels (task) | 76.0" in developed
+    assert "(ties), 1/1, answers balanced without labels | " in developed
+    assert tada.report.main([*words, "--again"]) == 0
+    assert (tmp_path / "docs/tada-language.md").read_text() == page
+    plain = tada.report.page(half, *[tada.results.Cells([])] * 2, tada.results.Cells(before), old)
+    assert "balanced without labels" not in plain and "an addition of this project" not in plain
+
+
 def test_half_a_run_names_no_winner(tada):
     """A rival that lacks a pair of ours has its average over others, and a pair without all rivals is won from none of them."""
     half = tada.plan.load("language")
