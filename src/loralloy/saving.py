@@ -249,6 +249,17 @@ def card(
             licence = parent.get("licence") or "not stated"
             lines.append(f"| {parent['name']} | {shown} | `{parent['hash']}` | {licence} |")
         lines.append("")
+    told = recorded.get("tada") or {}
+    if told.get("freed"):
+        lines += [
+            f"Its parents were freed of {told['freed']['directions']} directions a module that their inputs shared.",
+            "",
+        ]
+    if (even := told.get("balanced")) and even["after"] != even["before"]:
+        lines += [
+            f"Balanced afterwards at `{even['module']}`: the errors above are of the merge before that.",
+            "",
+        ]
     if recorded.get("training"):
         lines += ["Training record:", "", "```json", json.dumps(recorded["training"], indent=2), "```", ""]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from loralloy.live.base import load_base
 from loralloy.live.scoring import encode_answer
 from loralloy.merging import Tada, merge
 from loralloy.weighting import balance
+from loralloy.weighting import tada as composing
 from loralloy.weighting.gating import Gate
 from loralloy.weighting.general_texts import GENERAL
 from loralloy.weighting.probed import probe, text_batches
@@ -207,7 +208,10 @@ def test_the_level_is_chosen_without_labels(run, world, texts, tmp_path):
 def test_answers_are_balanced_and_common_directions_taken_away(run, world, tmp_path, monkeypatch):
     """--balance and --common: what is on disk is what is said, of the same rank, and no recipe claims to repeat it."""
     task = world.tasks / "spam.yaml"
-    run("-o", tmp_path / "x", "--balance", "--task", task).refused("the answers begin with the same token")
+    with monkeypatch.context() as before:  # all the work
+        before.setattr(composing, "compose", None)
+        ran = run("-o", tmp_path / "x", "--balance", "--task", task)
+    ran.refused("the answers begin with the same token", "use other labels")
     assert not (tmp_path / "x").exists()
 
     def second(model, tokenizer, labels):  # the tiny tokenizer begins every answer with a space
@@ -226,10 +230,13 @@ def test_answers_are_balanced_and_common_directions_taken_away(run, world, tmp_p
     assert moved == [told["module"]]
     assert two.provenance["tada"]["balanced"] == {k: told[k] for k in ("module", "before", "after")}
     assert two.provenance["merge"]["weights_source"] == "probed"
+    assert f"Balanced afterwards at `{told['module']}`" in (tmp_path / "a/README.md").read_text()
     assert not (tmp_path / "a/recipe.yaml").exists() and any("no recipe.yaml" in note for note in found["notes"])
     free = run("-o", tmp_path / "b", "--common", 2, "--common-of", "domain")
     assert free.code == 0 and "freed of the directions that all inputs share" in free.out and "spam" in free.out
     three = Adapter.load(tmp_path / "b")
+    card = (tmp_path / "b/README.md").read_text()
+    assert "freed of 2 directions" in card and "Balanced" not in card
     assert set(three.provenance["tada"]["freed"]["share"]) == {"weather"}
     assert any(not torch.equal(one[m].dense(), three[m].dense()) for m in one)
     assert "answers balanced at " in run("-o", tmp_path / "a", "--balance", "--task", task, "--overwrite").out

@@ -55,6 +55,22 @@ def test_directions_hold_the_energy_that_dense_eigenvectors_hold(tokens, width, 
         assert torch.allclose(found.energy.double(), best[:count], atol=1e-4)
 
 
+def test_directions_are_told_from_a_long_tail():
+    """A few shared directions over a tail that falls slowly, as a language model's modules are given."""
+    g = generator(0)
+    spectrum = torch.cat([torch.tensor([0.3, 0.06, 0.04, 0.03]), 0.2 / torch.arange(20, 528).float()]).sqrt()
+    basis = torch.linalg.qr(torch.randn(512, 512, generator=g)).Q
+    x = (torch.randn(700, 512, generator=g) * spectrum) @ basis.mT
+    q, moment = sketched(x, 4).directions.double(), dense_moment(x)
+    assert (q.mT @ moment @ q).trace() > 0.97 * torch.linalg.eigvalsh(moment)[-4:].sum()
+    for massive in (torch.float16, torch.bfloat16):
+        much = x.clone()
+        much[::9, 7] = 3e4
+        much = much.to(massive)
+        q, moment = sketched(much, 2).directions.double(), dense_moment(much)
+        assert (q.mT @ moment @ q).trace() > 0.95 * torch.linalg.eigvalsh(moment)[-2:].sum()
+
+
 def test_inputs_of_few_directions_have_no_more_than_those():
     x = torch.randn(30, 2, generator=generator(0)) @ torch.randn(2, 12, generator=generator(1))
     found = sketched(x, 5)
@@ -170,6 +186,21 @@ def test_compose_merges_freed_adapters_and_writes_no_recipe(tmp_path: Path, whic
     assert all(0 < share < 1 for share in done.freed.values())
     assert not (out / "recipe.yaml").exists()
     assert any("no recipe.yaml is written" in note for note in done.notes)
+
+
+def test_so_many_directions_that_nothing_is_left(tmp_path: Path):
+    with pytest.raises(LoralloyError, match=r"leave nothing of adapter 'domain'.*--common"):
+        compose(two(tmp_path), tiny_llama(), long(), gate=Gate(kind="uniform"), common=500, common_of="domain")
+
+
+def long() -> list[dict[str, torch.Tensor]]:
+    """More tokens than any module has inputs."""
+    return [{"input_ids": torch.randint(3, 60, (8, 40), generator=generator(2))}]
+
+
+def test_inputs_that_have_fewer_directions_than_are_taken(tmp_path: Path):
+    done = compose(two(tmp_path), tiny_llama(), batches(), gate=Gate(kind="uniform"), common=30, common_of="domain")
+    assert any("4 modules have fewer than 30 directions" in note for note in done.notes)
 
 
 def test_common_and_activations_do_not_go_together(tmp_path: Path):

@@ -87,10 +87,13 @@ def show(outcome: Outcome, data: dict[str, Any], stdout: Any) -> None:
     )
     if data["balance"]:
         b = data["balance"]
-        line(
-            f"answers balanced at {b['module']}: the largest shift of an answer over the inputs {b['before']:.2f} nats before, "
-            f"{b['after']:.2f} after ({b['passes']} passes); the errors above are of the merge before that"
-        )
+        if b["passes"] == 1:
+            line(f"answers are balanced as they are: their largest shift over the inputs is {b['before']:.2f} nats")
+        else:
+            line(
+                f"answers balanced at {b['module']}: the largest shift of an answer over the inputs {b['before']:.2f} nats "
+                f"before, {b['after']:.2f} after ({b['passes']} passes); the errors above are of the merge before that"
+            )
     line("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in data["seconds"].items()))
     for note in data["notes"]:
         line(f"note: {note}")

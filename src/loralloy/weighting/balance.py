@@ -12,9 +12,9 @@ is used; here it is folded into the adapter. At the adapter's last module that w
     dW -> [dW]_(r-1) + (sum_k b_k u_k) v^T,    v = x-bar / ||x-bar||^2,
 
 [dW]_(r-1) is the best of rank r - 1; x-bar is the module's mean input at the token where answers are read, so that
-v^T x is about 1 there; u_k raises answer k alone, to first order (from the answers' rows of the output embedding). b is
-found in a few passes over the inputs, each step by what the steps before it did (Broyden 1965). No labels, no
-gradients; the rank stays.
+v^T x is 1 there on average; u_k would raise answer k alone if the answers were read off the residual stream as they are (from
+the answers' rows of the output embedding; the norm before it is left out). b is found in a few passes over the inputs, each step
+by what the steps before it did (Broyden 1965). No labels, no gradients; the rank stays.
 
 It takes the classes to be about equally frequent. To fold the calibration into a merged adapter is this project's own.
 """
@@ -31,13 +31,16 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import LoralloyError
 from ..factors import LoraFactors, truncate
+from .hosts import Reading, check_saved, hosts
 
 if TYPE_CHECKING:
     from torch import nn
 
 Answers = Callable[[], Tensor]
 PASSES = 10
+ENOUGH = 0.02  # nats: the largest |shift| that is left alone
 _FIRST = 0.05  # of the module's own answer: the size of the first step
+_LONGEST = 1.0  # of the same: of any step
 _ALIKE = 1e-3  # relative length of answers' directions below which they cannot be told apart
 
 
@@ -66,7 +69,7 @@ def shift(logp: Tensor) -> Tensor:
     """
     if logp.ndim != 2 or min(logp.shape) < 2:
         raise LoralloyError(f"answers are of shape {list(logp.shape)}; give at least two inputs and two answers")
-    mean = logp.double().mean(0)
+    mean = logp.detach().cpu().double().mean(0)
     if not bool(torch.isfinite(mean).all()):
         raise LoralloyError("the answers are not numbers; load the model in float32, or check the adapters")
     return mean - mean.mean()
@@ -81,7 +84,7 @@ def balance(
     at: int = -1,
     module: str | None = None,
     passes: int = PASSES,
-    enough: float = 0.02,
+    enough: float = ENOUGH,
     on_pass: Callable[[], None] | None = None,
 ) -> Balanced:
     """Take the shift of an adapter's answers out of it.
@@ -91,24 +94,27 @@ def balance(
         adapter: a merged one, or any.
         answers: runs the model over the unlabelled inputs: log-probabilities [inputs, k] (see :func:`.levels.text_answers`).
         directions: [k, out], what raises each answer in the residual stream (see :func:`text_directions`).
-        at: the token whose output is read: -1 for the last (prompts are padded on the left), 0 for a class token.
-        module: where; None for the last of the adapter's modules that writes `out` numbers.
-        passes: over the inputs, at most.
+        at: the token whose output is read: -1 for the last (prompts are padded on the left), 0 for a class token. What is run
+            over a cache (an answer's further tokens) is not read.
+        module: where; None for that of the adapter's modules that writes `out` numbers, is no query, key or value projection,
+            has a rank of 2 or more, and is run last.
+        passes: over the inputs, at most; 2 or more.
         enough: the largest |shift| that is left alone, nats.
         on_pass: progress.
 
-    Raises LoralloyError for an adapter of rank 1 there, answers that begin alike, and where no step moves them.
+    Where a later pass gives no numbers (factors or scores that overflow), the best of those before it is what comes back.
+
+    Raises LoralloyError for an adapter of rank 1 there, tensors that it saved whole and that are not the model's own, answers
+    that begin alike, and where no step moves them.
     """
     from ..live.merged_rows import MergedRows
 
-    name = module or _last(model, adapter, directions.shape[1])
-    factors = adapter[name]
-    if factors.rank < 2:
-        raise LoralloyError(f"module {name!r} of adapter {adapter.name!r} has rank 1: there is no room for a balance")
-    spread = directions.double() - directions.double().mean(0)
-    size = float(torch.linalg.matrix_norm(spread))
-    if size <= _ALIKE * float(torch.linalg.matrix_norm(directions.double())):
-        raise LoralloyError("the answers begin with the same token, so one direction raises them all; use other labels")
+    if passes < 2:
+        raise LoralloyError(f"{passes} passes: the first only looks; give 2 or more")
+    check_saved(model, adapter)
+    names = hosts(model, adapter, directions.shape[1], module)
+    directions = directions.detach().cpu().double()
+    _check_apart(directions)
     rows = MergedRows(model)
     used = 0
 
@@ -121,69 +127,97 @@ def balance(
             on_pass()
         return found
 
+    wrong: LoralloyError | None = None
     try:
-        with _reading(model.get_submodule(name), at) as read:
+        with Reading(model, names, at) as seen:
             now = look(adapter)
+        if len(now) != len(directions):
+            raise LoralloyError(f"there are {len(now)} answers and {len(directions)} directions; give one of each")
         before = float(now.abs().max())
         if before <= enough:
-            return Balanced(adapter, name, before, before, used)
-        if (seen_there := read()) is None:
-            raise LoralloyError(f"the answers were given without a run of module {name!r}; name another with `module`")
-        mean, answer = seen_there
+            return Balanced(adapter, seen.last or names[-1], before, before, used)
+        if (name := seen.last) is None:
+            raise LoralloyError(
+                f"the answers were given without a run of module {names[-1]!r} over [inputs, tokens, width]; leave the balance "
+                "out, or name another with `module`"
+            )
+        mean, answer = seen.of(name)
+        if not bool(mean.any()) or not answer > 0:
+            raise LoralloyError(f"module {name!r} is given or answers zeros alone; name another with `module`")
+        factors = adapter[name]
         kept = truncate(factors, factors.rank - 1)[0]
         v = mean / mean.square().sum()
-        lift = torch.linalg.pinv(spread, rtol=_ALIKE)  # [out, k]: what raises the answers by so much, to first order
+        lift = torch.linalg.pinv(directions - directions.mean(0), rtol=_ALIKE)  # [out, k]: to raise each answer by 1
         step = -now / float(now.norm())
-        step = step * (_FIRST * answer / float((lift @ step).norm()))
+        if not (written := float((lift @ step).norm())) > 1e-6 * float(torch.linalg.matrix_norm(lift)):
+            raise LoralloyError(
+                "no sum of the answers' directions evens them out; leave the balance out, or use other answers"
+            )
+        step = step * (_FIRST * answer / written)
         total, best, inverse = torch.zeros_like(now), (before, adapter), None
         for _ in range(passes - 1):
+            step = step * min(1.0, _LONGEST * answer / max(float((lift @ step).norm()), 1e-300))
             total = total + step
-            made = _with(adapter, name, _joined(factors, kept, lift @ total, v))
-            seen = look(made)
-            left = float(seen.abs().max())
+            try:
+                made = _with(adapter, name, _joined(factors, kept, lift @ total, v))
+                then = look(made)
+            except LoralloyError as error:  # a step too far: the model did answer before
+                wrong = error
+                break
+            left = float(then.abs().max())
             if left < best[0]:
                 best = (left, made)
             if left <= enough:
                 break
-            inverse = _learned(inverse, step, seen - now)
+            inverse = _learned(inverse, step, then - now)
             if inverse is None:
                 break
-            now, step = seen, -(inverse @ seen)
+            now, step = then, -(inverse @ then)
     finally:
         rows.remove()
     if best[1] is adapter:
+        why = "" if wrong is None else f" ({wrong})"
         raise LoralloyError(
-            f"nothing that is written at module {name!r} evens the answers out; name another with `module`"
+            f"nothing that is written at module {name!r} evens the answers out{why}; leave the balance out, or name another with "
+            "`module`"
         )
     return Balanced(best[1], name, before, best[0], used)
 
 
 def text_directions(model: nn.Module, tokenizer: Any, labels: Sequence[str]) -> Tensor:
-    """[k, out], float32 on the CPU: the output embedding of each answer's first token."""
+    """[k, out], float32 on the CPU: the output embedding of each answer's first token.
+
+    Raises LoralloyError for labels that begin with the same token, and a model without an output embedding.
+    """
     from ..live.scoring import encode_answer
 
-    weight = model.get_output_embeddings().weight  # type: ignore[operator]
-    first = torch.tensor([encode_answer(tokenizer, label)[0] for label in labels], device=weight.device)
-    return weight.detach()[first].float().cpu()
+    weight = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    if weight is None or not weight.is_floating_point():
+        raise LoralloyError("the model has no output embedding to read, so nothing is known to raise an answer")
+    seen: dict[int, str] = {}
+    for label in labels:
+        token = encode_answer(tokenizer, label)[0]
+        if token in seen:
+            raise LoralloyError(
+                f"the answers begin with the same token ({seen[token]!r} and {label!r}), so one direction raises both; leave the "
+                "balance out, or use other labels"
+            )
+        seen[token] = label
+    return weight.detach()[torch.tensor(list(seen), device=weight.device)].float().cpu()
 
 
-def _last(model: nn.Module, adapter: Adapter, out: int) -> str:
-    """The last module, in the model's order, whose dW writes `out` numbers."""
-    fits = [n for n, _ in model.named_modules() if n in adapter and adapter.outline(n).kind == "linear"]
-    fits = [n for n in fits if adapter.outline(n).shape[0] == out and not n.endswith(_INNER)]
-    if not fits:
+def _check_apart(directions: Tensor) -> None:
+    """Raise LoralloyError for two answers that one direction raises."""
+    near = torch.pdist(directions) <= _ALIKE * directions.norm(dim=1).max()
+    if bool(near.any()):
         raise LoralloyError(
-            f"adapter {adapter.name!r} has no linear module that writes {out} numbers; name one with `module`"
+            "two answers begin with the same token, so one direction raises both; leave the balance out, or use other labels"
         )
-    return fits[-1]
-
-
-_INNER = ("q_proj", "k_proj", "v_proj", "query", "key", "value")  # of equal width, and not of the residual stream
 
 
 def _joined(like: LoraFactors, kept: LoraFactors, u: Tensor, v: Tensor) -> LoraFactors:
     """kept + u v^T as factors of the rank and dtype of `like`, scaling included."""
-    root = float((u.norm() / v.norm()).sqrt())
+    root = float((u.norm() / v.norm()).sqrt()) or 1.0
     a = torch.cat([kept.a.double(), (v * root)[None].to(kept.a.device)])
     b = torch.cat([kept.b.double() * kept.scaling, (u / root)[:, None].to(kept.b.device)], 1)
     return LoraFactors(a.to(like.A.dtype), b.to(like.B.dtype), 1.0, like.kind)
@@ -199,36 +233,13 @@ def _learned(inverse: Tensor | None, step: Tensor, change: Tensor) -> Tensor | N
     """The inverse Jacobian after one more step (Broyden 1965), at first a number by the identity; None where nothing moved."""
     if inverse is None:
         gain = float(change @ step) / float(step @ step)
-        return torch.eye(len(step), dtype=step.dtype) / gain if gain > 0 else None
-    moved = inverse @ change
-    along = float(step @ moved)
-    return inverse + torch.outer(step - moved, step @ inverse) / along if abs(along) > 1e-12 else None
-
-
-class _reading:
-    """What a module is given and answers at one token, over all forwards inside."""
-
-    def __init__(self, module: nn.Module, at: int) -> None:
-        self.at, self.module = at, module
-        self.total: Tensor | float = 0.0
-        self.size, self.count = 0.0, 0
-
-    def __enter__(self) -> Callable[[], tuple[Tensor, float] | None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            x = args[0].detach()
-            if x.ndim != 3:
-                return
-            y = output.detach()[:, self.at].double()
-            self.total = self.total + x[:, self.at].double().sum(0).cpu()
-            self.size += float(y.norm(dim=-1).sum())
-            self.count += len(x)
-
-        self.handle = self.module.register_forward_hook(hook)
-        return self._mean
-
-    def _mean(self) -> tuple[Tensor, float] | None:
-        """Mean input [in] and mean length of the output; None where the module was not run."""
-        return (self.total / self.count, self.size / self.count) if isinstance(self.total, Tensor) else None
-
-    def __exit__(self, *_: Any) -> None:
-        self.handle.remove()
+        if gain > 0:
+            return torch.eye(len(step), dtype=step.dtype) / gain
+        if not (moved := float(change.norm())) > 0:
+            return None
+        inverse = torch.eye(len(step), dtype=step.dtype) * (float(step.norm()) / moved)  # the other way than asked
+    moved_by = inverse @ change
+    along = float(step @ moved_by)
+    if abs(along) <= 1e-12 * float(step @ step):
+        return None
+    return inverse + torch.outer(step - moved_by, step @ inverse) / along

@@ -29,7 +29,7 @@ from ..bank import Bank
 from ..errors import LoralloyError
 from ..factors import LoraFactors, widest
 
-_BEYOND = 8  # directions of the sketch beyond those asked for
+_BEYOND = 32  # directions of the sketch beyond those asked for; 8 leave a real module's third and fourth half noise
 _NOTHING = 1e-5  # of the inputs' energy: a direction with less is rounding
 
 
@@ -39,7 +39,7 @@ class Common:
 
     Attributes:
         directions: [in, k], orthonormal, the strongest first; fewer than asked for where the inputs have fewer.
-        energy: the mean over tokens of (q^T x)^2 / ||x||^2 for each, [k].
+        energy: the mean over tokens of (q^T x)^2 / ||x||^2 for each, [k], as the sketch has it (a little less than it is).
     """
 
     directions: Tensor
@@ -51,14 +51,14 @@ class Common:
 
 
 class Sketch:
-    """Of the mean of x-hat x-hat^T [in, in], in one pass and in memory for [in, k + 8]."""
+    """Of the mean of x-hat x-hat^T [in, in], in one pass and in memory for [in, k + 32]."""
 
     def __init__(self, width: int, count: int, device: torch.device) -> None:
         self.count, self.tokens = min(count, width), 0
         wide = widest(device)
         many = min(width, count + _BEYOND)
         test = torch.randn(width, many, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
-        self.test = torch.linalg.qr(test).Q.to(device, wide)
+        self.test = torch.linalg.qr(test).Q.to(device, torch.float32)  # what is multiplied is what the core is made of
         self.sketch = torch.zeros(width, many, dtype=wide, device=device)
 
     def add(self, x: Tensor) -> None:
@@ -66,7 +66,7 @@ class Sketch:
         x = x.float()
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         unit = torch.where(size > 0, x / torch.where(size > 0, size, 1.0), 0.0)
-        self.sketch += (unit.mT @ (unit @ self.test.float())).to(self.sketch.dtype)
+        self.sketch += (unit.mT @ (unit @ self.test)).to(self.sketch.dtype)
         self.tokens += int((size > 0).sum())
 
     def common(self) -> Common:

@@ -23,16 +23,20 @@ from ..merging.tada import RULE, Found, watched
 from ..recipe import Recipe
 from ..recipe.job import check_out
 from ..weights import Weights
-from .balance import Balanced, balance
+from .balance import ENOUGH, Balanced, balance
 from .candidates import Candidates
 from .common import freed_bank, taken
 from .conflicts import Conflicts, conflicts_of
 from .gating import Depth, Gate, depth_slope
+from .hosts import check_hosts
 from .levels import LEVELS, Answers, Level, choose_level
 from .probed import Batch, Readings, probe
 
 if TYPE_CHECKING:
     from ..bank import Bank
+
+
+_LEFT = 1e-6  # of ||dW||_F^2: an adapter of which less is left is nothing but rounding
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,10 @@ def compose(
         )
     if directions is not None and answers is None:
         raise LoralloyError("the answers' shift is measured on answers to unlabelled inputs; give `answers` too")
+    if common < 0 or common_of not in ("all", "domain"):
+        raise LoralloyError(
+            f"common directions: {common} of {common_of!r}; give a number of 0 or more, of 'all' or 'domain'"
+        )
     if common and on_activations:
         raise LoralloyError(
             "conflicts are judged on the activations of adapters as they came; leave `common` at 0 there"
@@ -142,6 +150,8 @@ def compose(
         check_out(Path(out).absolute(), overwrite)
     bank = _recipe(adapters, None, {"assume_same_base": assume_same_base}).prepare().bank
     _check_base(bank, base)
+    if directions is not None:  # what the balance would refuse after all the work
+        check_hosts(model, list(bank.values()), directions.shape[1], rank)
     clock = time.perf_counter
     start = clock()
     readings = probe(model, bank, calibration, moments=on_activations, common=common, progress=on_inputs)
@@ -159,6 +169,11 @@ def compose(
         whole, chosen = bank, bank.names if common_of == "all" else bank.names[1:]
         bank = freed_bank(bank, readings.common, common, chosen)
         lost = {name: share for name, share in taken(whole, bank).items() if name in chosen}
+        if gone := [name for name, share in lost.items() if share > 1 - _LEFT]:
+            raise LoralloyError(
+                f"{common} common directions leave nothing of adapter {gone[0]!r}: on these inputs it answers to nothing else; "
+                "give fewer (--common), or more and longer texts"
+            )
     gated = clock()
     level = None
     if answers is not None and levels:
@@ -183,7 +198,10 @@ def compose(
     made = clock()
     balanced = None
     if directions is not None and answers is not None:
-        balanced = balance(model, merged.adapter, answers, directions, at=read_at, on_pass=on_pass)
+        try:
+            balanced = balance(model, merged.adapter, answers, directions, at=read_at, on_pass=on_pass)
+        except LoralloyError as error:
+            raise error.within("balance") from None
         merged = replace(merged, adapter=balanced.adapter)
     if not alone:
         merged = replace(
@@ -198,6 +216,15 @@ def compose(
         seconds["balance"] = clock() - made
     notes = [f"{len(of)} modules were not probed ({why})" for why, of in _reasons(readings).items()]
     notes += [*job.notes(), *merged.report.notes]
+    if few := sum(found.directions.shape[1] < common for found in readings.common.values()):
+        notes.append(
+            f"the inputs of {few} modules have fewer than {common} directions: nothing that they hold is answered there"
+        )
+    if balanced is not None and balanced.after > ENOUGH:
+        notes.append(
+            f"the balance left a shift of {balanced.after:.2f} of {balanced.before:.2f} nats: what is written at module "
+            f"{balanced.module} does not reach all of it"
+        )
     if not alone and out is not None:
         notes.append(
             "no recipe.yaml is written: common directions and balanced answers are only to be had from the model"
