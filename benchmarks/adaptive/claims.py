@@ -214,8 +214,7 @@ def grows(name: str, cells: Cells) -> tuple[str, str, str]:
         learns.append(share > 0.1)  # of where it began: with many domains all coefficients are small
         said.append(
             f"{title(rule, space)}, {n} domains: a coefficient moved by up to {100 * share:.0f} % of its start; learned "
-            f"{100 * final(row):.1f} %, fixed "
-            + ", ".join(f"W={w:g} {100 * v:.1f}" for w, v in sorted(fixed.items()))
+            f"{100 * final(row):.1f} %, fixed " + ", ".join(f"W={w:g} {100 * v:.1f}" for w, v in sorted(fixed.items()))
         )
     state = (
         "too few cells"
