@@ -85,8 +85,8 @@ def optimum(adapters: list[dict[str, LoraFactors]], name: str, rank: int, got: L
 
 APART = (
     "Each side is timed in a process of its own, the two in turns, one at a time. In one process they change each other's\n"
-    "memory: our merge has glibc keep what is freed, which speeds PEFT up; a user\n"
-    "runs one of them. Medians and ranges of {runs} rounds after a warm-up; a ratio is that of the medians, its range that of\n"
+    "memory: our merge has glibc keep what is freed, which speeds PEFT up; a user runs\n"
+    "one of them. Medians and ranges of {runs} rounds after a warm-up; a ratio is that of the medians, its range that of\n"
     "the rounds. Garbage is collected before every run, on both sides, and results are dropped between them."
 )
 NOTE = (

@@ -5,7 +5,7 @@
 asks in turns, so at most one of them is at work.
 
 A process holds one side only, because the two change each other's memory: our merge has glibc keep what is freed (for the whole
-process), which speeds PEFT up, and PEFT's model and its garbage slow ours down. A user runs one of them.
+process), which speeds PEFT up. A user runs one of them.
 """
 
 from __future__ import annotations
