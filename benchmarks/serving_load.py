@@ -67,8 +67,8 @@ class Server:
 
 
 def fill(server: Server, names: list[str], texts: list[str], auto: bool) -> int:
-    """Ask once for all that the server keeps up to a bound, so that what grows afterwards is no cache that fills: every
-    adapter, every merged composition the clients ask for, the embedder's table at the words of their texts. The requests."""
+    """Ask once for what the server keeps up to a bound, so that its filling is not taken for growth: every adapter, every
+    merged composition that the clients ask for, the embedder's table at the words of their texts. The number of requests."""
     pairs = [" + ".join(f"0.5*{n}" for n in names[:count]) for count in (2, 3)]
     models = ["base", *names, *(f"{pair} @ {rule}" for pair in pairs for rule in MERGED)]
     with httpx.Client(base_url=server.url, timeout=330) as http:
@@ -142,9 +142,9 @@ def run(given: Any, clock: Clock) -> dict[str, Any]:
         auto = given.index.exists()
         started = server.rss
         said(f"the server runs, {started:.0f} MiB", clock)
-        filled = fill(server, names, texts, auto)
-        said(f"its caches are full, {server.rss:.0f} MiB", clock)
         try:
+            filled = fill(server, names, texts, auto)
+            said(f"it has been asked for all that it keeps, {server.rss:.0f} MiB", clock)
             asyncio.run(clients(server, given, names, texts, auto, heard))
         except BaseException:
             server.process.kill()
@@ -207,7 +207,7 @@ def table(found: dict[str, Any]) -> Iterator[str]:
         yield (
             f"- Before the clients came ({found['filled']['before']:.0f} MiB), {found['filled']['requests']} requests, one after "
             "the other, filled what the server keeps up to a bound: every adapter, the clients' merged compositions, the "
-            "embedder's table at the words of their texts. Growth after that is no cache that fills."
+            "embedder's table at the words of their texts. Keys and values, which come and go with the rows, it does not fill."
         )
     if "by minute" in found:
         means = found["by minute"]

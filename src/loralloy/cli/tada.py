@@ -69,7 +69,9 @@ def tada(
     balance: Annotated[
         bool,
         typer.Option(
-            "--balance", help="Take out what draws all answers to one side (needs --task).", rich_help_panel=MERGE
+            "--balance",
+            help="Take the mean shift of the answers over the texts out of the result, without labels (needs --task).",
+            rich_help_panel=MERGE,
         ),
     ] = False,
     task: Annotated[
@@ -80,7 +82,7 @@ def tada(
         int,
         typer.Option(
             min=0,
-            help="Directions a module that all texts share, to which the adapters answer no more.",
+            help="How many input directions that all texts share the adapters are freed of, at every module.",
             rich_help_panel=MERGE,
         ),
     ] = 0,
@@ -123,6 +125,8 @@ def tada(
     What opposes each other is discarded, and the rest is one standard PEFT adapter. Causal language models; others in Python.
 
     Example: loralloy tada bank/qa bank/biomed -m MODEL -c abstracts.jsonl -o merged --plot gates.png
+
+    Example: loralloy tada bank/movies bank/hotels -m MODEL -c hotels.jsonl -o merged --balance --task sentiment.yaml
     """
     from ..atomic import check_free
     from ..bank import Bank
