@@ -216,7 +216,7 @@ def prototype_logits(
         others = F.normalize(sums[mine] - unit[own], dim=1)
         apart = torch.where(count[mine] > 1, (z * others).sum(1), cosine.gather(1, mine[:, None])[:, 0])
         cosine = cosine.scatter(1, mine[:, None], apart[:, None])
-    return torch.where(present, cosine, cosine.new_tensor(-1.0)) / temperature
+    return cosine.masked_fill(~present, -1.0) / temperature
 
 
 def affines(n: int, seed: int, step: int = 0) -> Tensor:

@@ -131,3 +131,19 @@ def test_what_is_refused():
     ):
         with pytest.raises(LoralloyError, match=said):
             ImageObjective(c, *arguments, **options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("head", ["random", "prototypes"])
+def test_a_recorded_step_sees_its_own_augmentation(scene, head):
+    _, bank, buffer = scene
+    c = classifier(head=head).to("cuda")
+    o, found = ImageObjective(c, *buffer, seed=3), []
+    for replay in (True, False):
+        config = LearnConfig(steps=15, hold_out=0, start="zero", replay=replay)
+        found.append(learn(c.backbone, bank, o, rule="ties", config=config, progress=False))
+    assert found[0].settings["replayed"] == 12 and found[1].settings["replayed"] == 0
+    losses = [[step["loss"] for step in one.history] for one in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len({round(x, 4) for x in losses[0]}) > 10
+    for name in bank.names:
+        assert found[0].weights[name] == pytest.approx(found[1].weights[name], abs=1e-4)

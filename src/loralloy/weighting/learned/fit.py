@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ...live.learnable import Learnable
 from .coefficients import Coefficients, Form, Granularity
 from .config import LearnConfig
 from .objective import Objective, frozen, shares
+from .replay import Steps
 from .result import Learned
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from ...base_ref import BaseRef
     from ...merging.rule import Rule
 
+_Part: TypeAlias = tuple[
+    tuple[int, ...], tuple[float, ...]
+]  # rows, and their shares of the loss (none: the objective's own)
 _LOOK = 10  # steps between looks at the device: reading a loss waits for it
 
 
@@ -85,6 +89,7 @@ def learn(
         stack.enter_context(frozen(model))
         stack.enter_context(live.at(None))
         run = _Run(live, objective, coefficients, config, bar)
+        stack.callback(run.steps.close)
         searched = run.search() if config.start == "scale" else []
         start_scale = float(coefficients().detach()[live.present.to(live.device)].mean())
         best = run.fit()
@@ -101,6 +106,7 @@ def learn(
         "scales": [scale for scale, _ in searched],
         "start_scale": start_scale,
         "best_step": best,
+        "replayed": run.steps.replayed,
     }
     weights = coefficients.weights({"settings": settings})
     seconds = time.perf_counter() - began
@@ -146,32 +152,47 @@ class _Run:
         given = config.regularisation
         self.pull = 0.1 / min(max(fewest, 1), 16) if given is None else given
         self.history: list[dict[str, Any]] = []
+        self.steps = Steps(live, config.replay and hasattr(objective, "feed"))
         self._rng = rng
+        self._shares: dict[_Part, Tensor] = {}
         self._waiting: list[tuple[int, Tensor]] = []
 
     # -- losses --------------------------------------------------------------------------------------------------------
 
-    def parts(self, rows: Sequence[int], step: int) -> Iterator[Callable[[], Tensor]]:
+    def parts(self, rows: Sequence[int], step: int) -> Iterator[tuple[_Part, Callable[[], Tensor]]]:
         """The loss over rows as a sum of parts, each of so many rows that memory is bounded."""
         size, losses = self.config.rows_at_once, getattr(self.objective, "losses", None)
         if losses is None or len(rows) <= size:
-            yield lambda: self.objective.loss(rows, step)
+            yield (tuple(rows), ()), lambda: self.objective.loss(rows, step)
             return
         weights = shares(self.objective.strata, rows)
         for at in range(0, len(rows), size):
-            some = rows[at : at + size]
+            some = (tuple(rows[at : at + size]), tuple(weights[at : at + size]))
 
-            def part(some: Sequence[int] = some, at: int = at) -> Tensor:
-                values = losses(some, step)
-                return values @ values.new_tensor(weights[at : at + len(some)])
+            def part(some: _Part = some) -> Tensor:
+                values = losses(list(some[0]), step)
+                if some not in self._shares:  # kept: a recorded step must not wait for the device
+                    self._shares[some] = values.new_tensor(some[1])
+                return values @ self._shares[some]
 
-            yield part
+            yield some, part
+
+    def losses(
+        self, rows: Sequence[int], step: int, table: Tensor, gradient: bool, more: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Of each part, (loss, its gradient towards the table or None)."""
+        kind = (gradient, step > 0)  # the first step sees rows as they are, later ones may see them augmented
+        feed = getattr(self.objective, "feed", None)
+        for some, part in self.parts(rows, step):
+            if feed is not None and self.steps.record:
+                feed(some[0], step)
+            yield self.steps.run(part, table, (kind, some), gradient, more)
 
     @torch.no_grad()
-    def loss(self, rows: Sequence[int], step: int = 0) -> Tensor:
+    def loss(self, rows: Sequence[int], step: int = 0, more: int = 0) -> Tensor:
         """The loss under the coefficients as they are."""
-        with self.live.at(self.coefficients()):
-            return torch.stack([part().float() for part in self.parts(rows, step)]).sum()
+        table = self.coefficients()
+        return torch.stack([loss.float() for loss, _ in self.losses(rows, step, table, False, more)]).sum()
 
     # -- the start -----------------------------------------------------------------------------------------------------
 
@@ -219,7 +240,7 @@ class _Run:
         for step in range(config.steps + 1):
             held = None
             if self.held:
-                held = self.loss(self.held)
+                held = self.loss(self.held, more=config.steps - step)
                 # kept on the device: a comparison here would wait for it
                 better = held < best_loss if best_loss is not None else torch.ones_like(held, dtype=torch.bool)
                 best = torch.where(better, coefficients.state(), best)
@@ -247,17 +268,11 @@ class _Run:
     def _gradient(self, rows: Sequence[int], step: int, origin: Tensor, optimiser: torch.optim.Optimizer) -> Tensor:
         """Gradients of the loss and of the pull towards the start; returns the loss."""
         optimiser.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=origin.device)
-        for part in self.parts(rows, step):
-            with self.live.at(self.coefficients()):
-                loss = part()
-                if not loss.requires_grad:
-                    raise LoralloyError(
-                        "no gradient flows from the loss to the coefficients; the objective must run the very model that is "
-                        "given, with gradients on"
-                    )
-                loss.backward()
-            total = total + loss.detach()
+        table = self.coefficients()
+        total, slope = torch.zeros((), device=origin.device), torch.zeros_like(table)
+        for loss, grad in self.losses(rows, step, table.detach(), True, self.config.steps - step):
+            total, slope = total + loss, slope + grad  # type: ignore[operator]
+        table.backward(slope)
         if self.pull:
             (self.pull * (self.coefficients.c - origin).square().mean()).backward()
         return total

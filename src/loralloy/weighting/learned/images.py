@@ -71,6 +71,7 @@ class ImageObjective:
             names = [classifier.classes[int(label)] for label in labels]
             self.strata = [f"{domain}/{name}" for domain, name in zip(domains, names, strict=True)]
         self._known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._fed: dict[int, Tensor] = {}
 
     def losses(self, rows: Sequence[int], step: int = 0) -> Tensor:
         """The loss of each row, [rows], float32."""
@@ -80,6 +81,21 @@ class ImageObjective:
         """The mean within each stratum, averaged over the strata."""
         index, share = self._rows(rows)
         return self._losses(index, step) @ share
+
+    def feed(self, rows: Sequence[int], step: int) -> None:
+        """The augmentation of a step, into the tensor that a recording reads."""
+        if self.augment and step > 0:
+            moves = self._moves(self._seen(len(rows)), step)
+            self._fed.setdefault(len(moves), moves).copy_(moves)
+
+    def _seen(self, rows: int) -> int:
+        """How many images one view of so many rows takes: under prototypes, all of them."""
+        return len(self.images) if self.classifier.kind == "prototypes" else rows
+
+    def _moves(self, images: int, step: int) -> Tensor:
+        from ...live.vision import affines
+
+        return affines(self.views * images, self.seed, step).to(self.images.device, non_blocking=True)
 
     def _rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Row numbers and shares of the loss on the device, where a step must not wait for them; kept for a few sets of rows."""
@@ -110,7 +126,9 @@ class ImageObjective:
 
     def _logits(self, index: Tensor, step: int) -> Tensor:
         """[views * rows, classes]."""
-        from ...live.vision import affines, prototype_logits
+        import torch
+
+        from ...live.vision import prototype_logits
 
         classifier = self.classifier
         views = self.views if self.augment and step > 0 else 1
@@ -118,7 +136,8 @@ class ImageObjective:
         images = self.images if prototypes else self.images[index]
         moves = None
         if self.augment and step > 0:
-            moves = affines(views * len(images), self.seed, step).to(images.device, non_blocking=True)
+            recording = images.is_cuda and torch.cuda.is_current_stream_capturing()
+            moves = self._fed[views * len(images)] if recording else self._moves(len(images), step)
         features = classifier.features(images.repeat(views, 1, 1, 1), moves)
         if not prototypes:
             return classifier.logits(features)
@@ -131,6 +150,4 @@ class ImageObjective:
             )
             for part in parts
         ]  # fmt: skip
-        import torch
-
         return torch.cat(found)

@@ -29,6 +29,8 @@ class Objective(Protocol):
         strata: of each example, what it is one of ("tweets/positive"): losses average over these, and hold-outs are even.
 
     An objective may have `losses(rows, step) -> [len(rows)]`, the loss of each; then a run works through many rows in parts.
+    And `feed(rows, step)`, called before each: it says that the work never waits for the device and takes what changes from
+    step to step from tensors that `feed` fills, so that a step may be recorded (see :mod:`.replay`).
     """
 
     @property
@@ -84,7 +86,8 @@ class _Rest:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows as tensors: prompts [rows, width]; by option [rows, most options] the first token, whether it exists, its tokens."""
+    """Rows as tensors: prompts [rows, width]; by option [rows, most options] the first token, whether it exists, its tokens;
+    and of each row its share of the loss."""
 
     ids: Tensor
     mask: Tensor
@@ -93,6 +96,7 @@ class _Batch:
     tokens: Tensor
     gold: Tensor
     free: Tensor
+    share: Tensor
     rest: _Rest | None
 
 
@@ -173,8 +177,10 @@ class TextObjective:
 
     def loss(self, rows: Sequence[int], step: int = 0) -> Tensor:
         """The mean within each stratum, averaged over the strata."""
-        losses = self.losses(rows, step)
-        return losses @ losses.new_tensor(shares(self.strata, rows))
+        return self.losses(rows, step) @ self._batch(rows).share
+
+    def feed(self, rows: Sequence[int], step: int) -> None:
+        """Nothing changes from step to step."""
 
     def _batch(self, rows: Sequence[int]) -> _Batch:
         """The rows as tensors; the last few sets of rows are kept, since most runs take all rows at every step."""
@@ -213,6 +219,7 @@ class TextObjective:
             table(len, 1),
             torch.tensor([self._gold[i] for i in rows], device=device),
             torch.tensor([not self.examples[i].options for i in rows], device=device),
+            torch.tensor(shares(self.strata, rows), device=device),
             rest,
         )
 
