@@ -18,7 +18,7 @@ COLLAPSE = 0.10  # below the best weight
 
 def verdicts(b: Bench, kind: str, growing: dict[str, Cells]) -> list[tuple[str, str, str]]:
     """(statement, measured, verdict)."""
-    found = [better(b), within(b), near_joint(b, kind), forgetting(b), falls(b), *finer(b)]
+    found = [better(b), within(b), near_joint(b, kind), past_sequential(b), forgetting(b), falls(b), *finer(b)]
     found += [grows(name, cells) for name, cells in growing.items() if cells.rows]
     return [f for f in found if f is not None]
 
@@ -127,6 +127,20 @@ def near_joint(b: Bench, kind: str) -> tuple[str, str, str] | None:
     text = "best adaptive configuration (with its head chosen on validation rows) within "
     text += f"{100 * limit:.0f} points of joint training"
     return text, "; ".join(said), f"{state} ({OF_HEAD[head]}, against joint training with {OF_HEAD[strongest]})"
+
+
+def past_sequential(b: Bench) -> tuple[str, str, str] | None:
+    """The configuration that validation rows choose, over all heads, against one adapter trained on each domain in turn."""
+    sequence = b.alone("seq")
+    choices = [c for head in ("random", "learned", "prototypes") if (c := b.chosen(head=head)) is not None]
+    if not sequence or not choices:
+        return None
+    settings, _ = max(choices, key=lambda choice: choice[1])
+    cells = b.cells.by_seed(**settings, domains=b.names, rank=None)
+    gap, both = difference(cells, sequence), [s for s in cells if s in sequence]
+    means = (percent(Mean.of([of[s] for s in both])) for of in (cells, sequence))
+    said = "{} against {}, ".format(*means) + f"{interval(gap)} (orders averaged; it keeps no rows, and one adapter)"
+    return "best adaptive configuration above sequential fine-tuning of one adapter", said, judged(gap)
 
 
 def forgetting(b: Bench) -> tuple[str, str, str] | None:

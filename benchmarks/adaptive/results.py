@@ -12,7 +12,7 @@ from loralloy.continual.results import Mean
 
 Row = dict[str, Any]
 _ABSENT = {"draw": 0}
-_DROPPED = ("correct", "searched", "version", "bench")
+_DROPPED = ("correct", "searched", "version", "bench", "adapters")
 
 
 @dataclass

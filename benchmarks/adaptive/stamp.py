@@ -28,11 +28,23 @@ def check(site: Site) -> None:
         _compare(site.out / "cells" / f"{bench.name}.json", data | judged)
 
 
+def check_adapters(site: Site, made_of: dict[str, str]) -> None:
+    """Write what the cells of a bench are made of (job -> hash of its adapter), or compare it with what lies there.
+
+    Adapters may be trained again, on another machine even, where the same training gives the same adapter.
+    Raises LoralloyError where cells of a bench would be of different adapters under one name.
+    """
+    path = site.out / "cells" / f"{site.bench.name}.adapters.json"
+    with lock(site.out / "locks" / "stamp"):
+        _compare(path, made_of)
+
+
 def _compare(path: Path, told: dict[str, Any]) -> None:
     """Benches may share adapters and not have the same domains: what only one of them has is added."""
     told = json.loads(json.dumps(told))
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if odd := [name for name in told if name in known and known[name] != told[name]]:
-        raise LoralloyError(f"{path.parent} was made with another {', '.join(odd)} ({path.name}); give another --out")
+        some = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+        raise LoralloyError(f"{path.parent} was made with another {some} ({path.name}); give another --out")
     if known | told != known:
         atomic_file(path, json.dumps(known | told, indent=1) + "\n")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import stamp
 import torch
 from cells import RULES, Cell, Job, needs, own
 from plan import Bench
@@ -44,6 +45,7 @@ class Site:
         self._held: tuple[Any, ...] | None = None
         self._banks: dict[tuple[str, ...], Bank] = {}
         self._buffers: dict[tuple[Any, ...], list[BufferRow]] = {}
+        self._hashes: dict[str, str] = {}
 
     # -- parts that are kept -------------------------------------------------------------------------------------------
 
@@ -74,6 +76,15 @@ class Site:
             self._banks.clear()
             self._banks[key] = Bank([Adapter.load(self.folder(job), job.domains[0]) for job in jobs])
         return self._banks[key]
+
+    def made_of(self, cell: Cell) -> dict[str, str]:
+        """job -> the hash of its adapter, of all that a cell needs; compared with what other cells of the bench are made of."""
+        jobs = needs(cell, self.stream.orders)
+        if new := [job for job in jobs if job.name not in self._hashes]:
+            found = {job.name: Adapter.load(self.folder(job)).content_hash.removeprefix("sha256:")[:16] for job in new}
+            stamp.check_adapters(self, found)
+            self._hashes |= found
+        return {job.name: self._hashes[job.name] for job in jobs}
 
     def terms(self, cell: Cell) -> tuple[Learnable, Bank, float]:
         """The bank in the model under the cell's rule and space, with nothing set; and the seconds that making it took."""
@@ -147,6 +158,7 @@ class Site:
         """Compute a cell."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        made_of = self.made_of(cell)
         began = time.perf_counter()
         heavy = (cell.per_class or 0) >= LARGE
         with slot(self.out, "heavy", HEAVY) if heavy else contextlib.nullcontext():
@@ -169,6 +181,7 @@ class Site:
             "bench": self.bench.name,
             "cell": settings,
             "device": device_name(self.main.model),
+            "adapters": made_of,
             **found,
         }
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from helpers import relative
+from loralloy.errors import LoralloyError
 
 LINEAR = (("linear", "factors"), ("linear", "delta"))
 
@@ -200,3 +202,17 @@ def test_nothing_is_begun_after_the_deadline(small, tmp_path):
 
 def test_parts_whose_adapters_nobody_trains_end_the_call(small, tmp_path):
     assert work(small, tmp_path / "out", "--parts", "a", "alone").keys() == {"s0-a+b+c-base"}
+
+
+def test_cells_of_a_folder_are_of_one_set_of_adapters(harness, tmp_path):
+    """Adapters that are trained again must be what the cells that lie there were made of."""
+    import stamp
+
+    site = SimpleNamespace(out=tmp_path, bench=SimpleNamespace(name="emoji4"))
+    stamp.check_adapters(site, {"s0/noto": "aa", "s0/joint": "bb"})
+    stamp.check_adapters(site, {"s0/noto": "aa"})
+    stamp.check_adapters(site, {"s1/noto": "cc"})
+    with pytest.raises(LoralloyError, match=r"another s0/noto \(emoji4.adapters.json\); give another --out"):
+        stamp.check_adapters(site, {"s0/noto": "dd", "s1/noto": "cc"})
+    kept = json.loads((tmp_path / "cells/emoji4.adapters.json").read_text())
+    assert kept == {"s0/noto": "aa", "s0/joint": "bb", "s1/noto": "cc"}
