@@ -11,13 +11,14 @@ import torch
 import yaml
 
 from loralloy.bank import Bank
-from loralloy.continual.buffer import BufferRow
+from loralloy.continual.buffer import BufferRow, MemoryBuffer
 from loralloy.continual.experience import DomainStream
 from loralloy.continual.images import ImageWorkshop
 from loralloy.continual.run import run
 from loralloy.continual.workshop import Workshop, composed, make_workshop
 from loralloy.errors import LoralloyError
 from loralloy.live.vision import HEAD_FILE
+from loralloy.weighting.balance import shift
 from vision_scenes import image_tree, tiny_dinov2
 
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
@@ -214,3 +215,39 @@ def test_a_stream_runs_to_its_end(place, head):
     for step in plan.steps.values():
         result = json.loads((stream.out / "experiences" / step.key / "result.json").read_text())
         assert all(0 <= d["accuracy"] <= 1 and d["n"] == 3 for d in result["domains"].values())
+
+
+def test_a_balanced_merge_answers_evenly_over_the_buffer(place):
+    """What is evaluated is the balanced adapter, and the strategy without it is another experience."""
+    strategies = [{"kind": "fixed", "weight": [4.0]}, {"kind": "fixed", "weight": [4.0], "balance": True}]
+    strategies.append({"kind": "learned", "steps": 2, "balance": True})
+    stream = stream_of(place, out="balanced", strategies=strategies, buffer={"per_class": 2}, keep_merged=True)
+    workshop = workshop_of(place, out="balanced", strategies=strategies, buffer={"per_class": 2}, keep_merged=True)
+    plan = run(stream, workshop)
+    assert len({r.strategy for r in plan.runs}) == 3
+    last = [s for s in plan.steps.values() if s.strategy and len(s.arrived) == 2]
+    assert len(last) == 3
+    shifts = {}
+    for step in last:
+        folder = stream.out / "experiences" / step.key
+        result = json.loads((folder / "result.json").read_text())
+        rows = MemoryBuffer.restore(stream.out / "buffers" / next(s for s in last if s.buffer).buffer.key).rows
+        workshop.begin(step.seed, None)
+        with composed(workshop, folder / "merged"), torch.no_grad():
+            shifts[step.strategy.name] = float(shift(workshop.answering(rows).run()).abs().max())
+        assert ("balance" in result) == step.strategy.balance
+        if step.strategy.balance:
+            told = result["balance"]
+            assert told["after"] == pytest.approx(shifts[step.strategy.name], abs=2e-3)
+            assert told["after"] <= max(0.02, 0.2 * told["before"])
+    plain, even = (s.strategy.name for s in last if s.strategy.kind == "fixed")
+    assert shifts[plain] > 0.1 > shifts[even]
+
+
+def test_a_balance_needs_a_linear_head_and_a_merge(place):
+    strategies = [{"kind": "fixed", "weight": 1.0, "balance": True}]
+    stream = stream_of(place, out="even", head="prototypes", strategies=strategies)
+    with pytest.raises(LoralloyError, match="head of prototypes has no direction"):
+        run(stream)
+    with pytest.raises(LoralloyError, match="joint merges nothing: leave it out"):
+        stream_of(place, out="odd", strategies=[{"kind": "joint", "balance": True}])

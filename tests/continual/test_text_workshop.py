@@ -12,11 +12,14 @@ from small_tasks import write_task
 
 from loralloy.bank import Bank
 from loralloy.continual import DomainStream, MemoryBuffer, Workshop, make_workshop
+from loralloy.continual.buffer import BufferRow
 from loralloy.continual.run import run
 from loralloy.continual.workshop import composed
 from loralloy.errors import LoralloyError
 from loralloy.live.composed import LiveModel
 from loralloy.live.scoring import correct, predict
+from loralloy.weighting import balance
+from loralloy.weighting.balance import shift
 from loralloy.weights import Weights
 
 TRAIN = {"rank": 2, "alpha": 4, "lr": 0.01, "epochs": 1, "limit": 16, "max_length": 96, "save_dtype": "fp32"}
@@ -158,3 +161,36 @@ def test_16_bit_models_are_evaluated_with_the_adapter_beside_the_base(place, wor
         inside = half.model(ids).logits
     assert not torch.equal(inside, base) and torch.equal(half.model(ids).logits, base)
     assert load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_balanced_merge_of_texts(place, workshop, monkeypatch):
+    def second(model, tokenizer, labels):  # a token a byte: all answers begin with the space
+        ids = [tokenizer(f" {label}", add_special_tokens=False)["input_ids"][1] for label in labels]
+        return model.get_output_embeddings().weight.detach()[ids].float()
+
+    monkeypatch.setattr(balance, "text_directions", second)
+    strategies = [{"kind": "fixed", "weight": 4.0}, {"kind": "fixed", "weight": 4.0, "balance": True}]
+    stream = write_stream(
+        place, out="balanced", strategies=strategies, buffer={"per_class": 4}, keep_merged=True, after="last"
+    )
+    plan = run(stream, workshop)
+    steps, shifts = [s for s in plan.steps.values() if s.strategy], {}
+    job = next(s.buffer for s in steps if s.buffer is not None)
+    rows = MemoryBuffer.restore(stream.out / "buffers" / job.key).rows
+    for step in steps:
+        folder = stream.out / "experiences" / step.key
+        with composed(workshop, folder / "merged"), torch.no_grad():
+            shifts[step.strategy.balance] = float(shift(workshop.answering(rows).run()).abs().max())
+        told = json.loads((folder / "result.json").read_text()).get("balance")
+        assert (told is not None) == step.strategy.balance
+        if told:
+            assert told["after"] == pytest.approx(shifts[True], abs=5e-3) and told["before"] > told["after"]
+    assert shifts[True] < 0.1 * shifts[False]
+
+
+def test_rows_of_several_sets_of_options_have_no_balance(workshop):
+    rows = [BufferRow(str(n), "spam", "a", {"prompt": "p", "options": o}) for n, o in enumerate((["a", "b"], ["a"]))]
+    with pytest.raises(LoralloyError, match="2 sets of options or free text; leave it out"):
+        workshop.answering(rows)
+    with pytest.raises(LoralloyError, match="1 sets of options or free text"):
+        workshop.answering([BufferRow("0", "spam", "a", {"prompt": "p", "options": []})])

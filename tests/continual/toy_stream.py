@@ -16,6 +16,7 @@ from loralloy.base_ref import BaseRef
 from loralloy.continual import DomainStream, Evaluation
 from loralloy.continual.buffer import BufferRow
 from loralloy.continual.experience import Experience
+from loralloy.errors import LoralloyError
 from loralloy.factors import LoraFactors
 from loralloy.live.base import base_fingerprint
 
@@ -129,6 +130,9 @@ class ToyWorkshop:
 
     def inputs(self, rows: Sequence[BufferRow]) -> list[dict[str, Any]]:
         return [{"x": self._tensors(rows)[0]}]
+
+    def answering(self, rows: Sequence[BufferRow]) -> Any:
+        raise LoralloyError("a toy's answers are not read at a token")
 
     def after_merge(self, rows: Sequence[BufferRow], step: Path | None = None) -> None:
         self.given.append(len(rows))

@@ -16,7 +16,7 @@ from ..training.data import mix
 from ..training.image_config import ImageTrainConfig, find_targets
 from ..training.images import train_images
 from .fields import check_options
-from .workshop import Evaluation
+from .workshop import Answering, Evaluation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,6 +169,16 @@ class ImageWorkshop:
         images = self._images(rows)
         size = self._batch_size or (64 if self.classifier.device.type == "cpu" else 1024)
         return [{"pixel_values": self.classifier.pixels(part), **self.classifier.more} for part in images.split(size)]
+
+    def answering(self, rows: Sequence[BufferRow]) -> Answering:
+        import torch
+
+        images, size = self._images(rows), self._batch_size or 64
+
+        def run() -> Tensor:
+            return torch.cat([self.classifier(part) for part in images.split(size)]).float().log_softmax(1).cpu()
+
+        return Answering(run, self.classifier.directions(), 0)
 
     def after_merge(self, rows: Sequence[BufferRow], step: Path | None = None) -> None:
         if step is not None and (step / HEAD_FILE).is_file():

@@ -114,7 +114,7 @@ def make_plan(stream: DomainStream, workshop: Workshop) -> Plan:
                     rows = planner.rows(strategy, merge, seed, order)
                     found += [(t, m, step) for t, steps in enumerate(rows, 1) for step in steps]
                     own = (
-                        strategy.buffer(stream.fields.buffer) if strategy.uses_buffer or workshop.remembers() else None
+                        strategy.buffer(stream.fields.buffer) if strategy.needs_buffer or workshop.remembers() else None
                     )
                     plan.runs.append(
                         Run(
@@ -195,7 +195,7 @@ class _Planner:
         adapters: Sequence[AdapterJob], evaluated: Sequence[str],
     ) -> Step:  # fmt: skip
         lead = self.lead(seed, order)
-        uses = self.workshop.remembers() or (strategy is not None and strategy.uses_buffer)
+        uses = self.workshop.remembers() or (strategy is not None and strategy.needs_buffer)
         settings = self.stream.fields.buffer if strategy is None else strategy.buffer(self.stream.fields.buffer)
         buffer = self.buffer(settings, seed, arrived) if uses else None
         evaluated = tuple(sorted(evaluated))

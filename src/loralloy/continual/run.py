@@ -196,6 +196,10 @@ class Runner:
             device=device, measure="estimate", out=out,
         ).report  # fmt: skip
         seconds["merge"] = time.perf_counter() - start
+        if step.strategy.balance:
+            start = time.perf_counter()
+            found["balance"] = self._balance(out, rows)
+            seconds["balance"] = time.perf_counter() - start
         adapted.weights.save(new / WEIGHTS)
         cut, error = report.cut, report.error
         found |= {
@@ -207,6 +211,18 @@ class Runner:
         if not self.stream.fields.keep_merged:
             shutil.rmtree(out)
         return found
+
+    def _balance(self, folder: Path, rows: Sequence[BufferRow]) -> dict[str, Any]:
+        """The merged adapter in a folder, balanced over the buffer's inputs, in its place."""
+        from ..weighting.balance import balance
+
+        self.held.drop()
+        answering = self.workshop.answering(rows)
+        done = balance(
+            self.workshop.model, Adapter.load(folder, "merged"), answering.run, answering.directions, at=answering.at
+        )
+        done.adapter.save(folder, overwrite=True)
+        return {"module": done.module, "before": done.before, "after": done.after, "passes": done.passes}
 
     def _uncut(self, adapted: Adapted, step: Step, rows: Sequence[BufferRow]) -> dict[str, Any]:
         """The rule's own result, before the cut and the cast to a file."""

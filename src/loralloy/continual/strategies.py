@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..errors import LoralloyError
 from .fields import BufferEntry, Count, Name, Selection, Strict, Text, When
@@ -59,11 +59,12 @@ class Strategy(Strict):
     Class facts:
         kind: what a stream file calls it. source: the paper, or "this project".
         merges_adapters: whether a rule merges the adapters (else there is one adapter as it is, or one a domain).
-        uses_buffer: whether its result depends on the memory buffer.
+        uses_buffer: whether its coefficients depend on the memory buffer.
 
     Fields every strategy has: `name` (made from the fields where it is not given), `only` (the merges it is run with, by
     name or rule; all by default), `per_class`, `total`, `selection` (its own buffer) and `after`, where they differ from
-    the stream's.
+    the stream's; and `balance`: whether the shift of the merge's answers over the buffer's inputs is taken out of it (ours;
+    :mod:`loralloy.weighting.balance`).
     """
 
     kind: ClassVar[str] = ""
@@ -77,11 +78,24 @@ class Strategy(Strict):
     total: Count | None = None
     selection: Selection | None = None
     after: When | None = None
+    balance: bool = False
+
+    @model_validator(mode="after")
+    def _balances_a_merge(self) -> Strategy:
+        if self.balance and not self.merges_adapters:
+            raise ValueError(f"`balance` evens out a merge, and {self.kind} merges nothing: leave it out")
+        return self
+
+    @property
+    def needs_buffer(self) -> bool:
+        """Whether its result depends on the memory buffer."""
+        return self.uses_buffer or self.balance
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides its result: every field of its own."""
-        return {"kind": self.kind} | self.model_dump(mode="json", exclude=set(Strategy.model_fields))
+        own = {"kind": self.kind} | self.model_dump(mode="json", exclude=set(Strategy.model_fields))
+        return own | ({"balance": True} if self.balance else {})
 
     def buffer(self, stream: BufferEntry) -> BufferEntry:
         """The stream's buffer settings with its own."""

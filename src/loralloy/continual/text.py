@@ -17,7 +17,7 @@ from ..tasks.task import Example, Task
 from ..training.config import SAVE_DTYPES, TrainConfig
 from ..training.data import fit_prompt
 from .fields import EvaluateEntry, check_options
-from .workshop import Evaluation
+from .workshop import Answering, Evaluation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,6 +165,20 @@ class TextWorkshop:
         size = self.stream.fields.evaluate.batch_size
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [self._batch([row.data["prompt"] for row in part])[0] for part in parts]
+
+    def answering(self, rows: Sequence[BufferRow]) -> Answering:
+        from ..weighting.balance import text_directions
+        from ..weighting.levels import text_answers
+
+        found = {tuple(row.data["options"]) for row in rows}
+        if len(found) != 1 or not (labels := next(iter(found))):
+            raise LoralloyError(
+                "`balance` evens out answers to one set of classes, and the buffer's rows have "
+                f"{len(found) or 'no'} sets of options or free text; leave it out of this stream"
+            )
+        prompts, size = [row.data["prompt"] for row in rows], self.stream.fields.evaluate.batch_size
+        run = text_answers(self.model, self.tokenizer, prompts, [labels] * len(prompts), size)
+        return Answering(run, text_directions(self.model, self.tokenizer, labels), -1)
 
     def after_merge(self, rows: Sequence[BufferRow], step: Path | None = None) -> None:
         pass

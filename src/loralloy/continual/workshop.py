@@ -8,7 +8,7 @@ which the protocol sets a composition before it asks for an evaluation.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -32,6 +32,19 @@ class Evaluation:
     def accuracy(self) -> float:
         """The share of right answers, in [0, 1]."""
         return sum(self.correct) / len(self.correct)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What :func:`loralloy.weighting.balance.balance` asks for, over some inputs.
+
+    run: log-probabilities of the classes [inputs, k] under what is set in the model. directions: [k, out], what raises each
+    class. at: the token where answers are read.
+    """
+
+    run: Callable[[], Tensor]
+    directions: Tensor
+    at: int
 
 
 @runtime_checkable
@@ -103,6 +116,13 @@ class Workshop(Protocol):
 
     def inputs(self, rows: Sequence[BufferRow]) -> list[dict[str, Any]]:
         """These rows' inputs in batches of keywords for ``model(**batch)``, no labels among them: what RegMean runs."""
+        ...
+
+    def answering(self, rows: Sequence[BufferRow]) -> Answering:
+        """The answers to these rows' inputs, their labels not looked at: what a merge is balanced by.
+
+        Raises LoralloyError for rows that do not have the same classes to answer with, and a head that is made anew of rows.
+        """
         ...
 
     def after_merge(self, rows: Sequence[BufferRow], step: Path | None = None) -> None:

@@ -149,6 +149,22 @@ class ImageClassifier(nn.Module):
             raise LoralloyError("there are no prototypes yet; call fit_prototypes with the memory buffer's images")
         return prototype_logits(features, *self.support, classes=len(self.classes), temperature=self.temperature)
 
+    def directions(self) -> Tensor:
+        """[classes, hidden], what raises each class in the last layer's last module at the class token, float32 on the CPU.
+
+        To first order the gradient: the head's rows over the class token, times the final norm's scale and the scale that the
+        layer gives what the module writes. The head's other half, over the mean patch, is left out. Raises LoralloyError for a
+        head without rows.
+        """
+        if self.kind == "prototypes":
+            raise LoralloyError("a head of prototypes has no direction for each class; use a linear head")
+        found = self.linear.weight[:, : self.backbone.config.hidden_size].detach().float().cpu()  # type: ignore[union-attr,index]
+        norm = getattr(self.backbone, "layernorm", None)
+        if isinstance(norm, nn.Module):
+            found = found * norm.weight.detach().float().cpu()  # type: ignore[operator,union-attr]
+        scales = [m for n, m in self.backbone.named_modules() if n.endswith("layer_scale2") and hasattr(m, "lambda1")]
+        return found * scales[-1].lambda1.detach().float().cpu() if scales else found  # type: ignore[operator,union-attr]
+
     # -- images --------------------------------------------------------------------------------------------------------
 
     def pixels(self, images: Tensor, affines: Tensor | None = None) -> Tensor:
