@@ -3,7 +3,8 @@
 A piece is done when its path is there (an adapter's folder, a cell's JSON file), and paths appear whole. A group is taken
 under a lock of the system, so that a killed process lets go of it. What fails is told, kept under OUT/errors, and tried again
 by the next call. What fails for lack of memory is put off: it comes back when other work is done, a few times in a call, at
-first beside what else was put off, then alone. Used by benchmarks/adaptive and benchmarks/tada.
+first beside what else was put off, then alone. `queue_command` starts the processes; `sites` says what those of
+benchmarks/adaptive and benchmarks/tada work on.
 
 Processes of one GPU take turns on it unless NVIDIA's MPS serves them (`nvidia-cuda-mps-control -d` before the first,
 `echo quit | nvidia-cuda-mps-control` at the end). What that gains here has not been measured by itself.
@@ -11,15 +12,10 @@ Processes of one GPU take turns on it unless NVIDIA's MPS serves them (`nvidia-c
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import secrets
-import subprocess
-import sys
+import contextlib
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,98 +218,13 @@ def _due(count: int, since: float, most: int, pause: float) -> bool:
     return count == 0 or (count <= most and since >= count * pause)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
-
-
-def add_flags(parser: argparse.ArgumentParser, out: str) -> None:
-    """The flags that every such command has."""
-    add = parser.add_argument
-    add("--seeds", nargs="+", type=int, help="only these")
-    add("--jobs", type=int, default=1, help="processes side by side")
-    add("--until", type=float, default=1e9, help="seconds after which no training and no cell is begun")
-    add("--grace", type=float, default=30, help="seconds after that in which what has begun may end")
-    add("--pack", type=Path, help="put all cells into this .tar.xz at the end")
-    add("--gpus", type=int, help="GPUs that processes are spread over (default: all there are)")
-    add("--out", type=Path, help=f"adapters, cells, locks and errors ({out}, a toy's in toy/)")
-    add("--device", help="cpu, cuda (default: the plan's)")
-    add("--toy", action="store_true", help="few steps and rows: to see whether it runs, not a result")
-    add("--list", action="store_true", help="print the groups of cells in order, and stop")
-    add("--worker", nargs=3, metavar=("NUMBER", "DEADLINE", "RUN"), help=argparse.SUPPRESS)
-
-
-def settle(options: argparse.Namespace, out: Path) -> argparse.Namespace:
-    """With the folder that goes without saying: a toy never lies beside results."""
-    if options.out is None:
-        options.out = out / "toy" if options.toy else out
-    return options
-
-
-def launch(
-    file: str, words: Sequence[str], options: argparse.Namespace, left: Callable[[], int], folders: Sequence[str] = ()
-) -> int:
-    """Run the same command in options.jobs processes (``--worker``), and say what is left. `folders` are packed too."""
-    deadline, run = time.time() + options.until, secrets.token_hex(4)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    began = time.time()
-    import torch
-
-    gpus = options.gpus or torch.cuda.device_count()
-    one_each = [
-        environment | ({"CUDA_VISIBLE_DEVICES": str(n % gpus)} if gpus > 1 else {}) for n in range(options.jobs)
-    ]
-    command = [sys.executable, file, *words, "--worker"]
-    workers = [subprocess.Popen([*command, str(n), str(deadline), run], env=one) for n, one in enumerate(one_each)]
-    try:
-        codes = [_ended(worker, deadline + options.grace) for worker in workers]
-    finally:
-        for worker in workers:  # their files are whole: an adapter or a cell is there, or is not
-            if worker.poll() is None:
-                worker.kill()
-    if options.pack:
-        pack(options.out, options.pack, folders)
-    cells = sum(1 for _ in (options.out / "cells").glob("*/*.json"))
-    errors, later = (len(list((options.out / "errors").glob(f"{run}-*.{kind}"))) for kind in ("txt", "later"))
-    put_off = f", {later} put off for lack of memory" if later else ""
-    print(
-        f"{time.time() - began:.0f} s, {cells} cells; {left()} groups of work left, {errors} errors in this call{put_off}",
-        flush=True,
-    )
-    return max(abs(code) for code in codes)
-
-
-def _ended(worker: subprocess.Popen[bytes], by: float) -> int:
-    """Its exit code; 0 for one that is still busy with its last piece of work when time is up."""
-    try:
-        return worker.wait(max(0.0, min(by - time.time(), 1e8)))
-    except subprocess.TimeoutExpired:
-        return 0
-
-
-def pack(out: Path, target: Path, folders: Sequence[str] = ()) -> None:
-    """All cells, and what went wrong, as one archive."""
-    import tarfile
-
-    with tarfile.open(target, "w:xz") as tar:
-        for name in ("cells", "errors", *folders):
-            if (out / name).is_dir():
-                tar.add(out / name, name)
-    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB", flush=True)
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    atomic_file(path, json.dumps(result, separators=(",", ":")) + "\n")
-
-
-def quiet() -> None:
-    """No progress bars of libraries, TF32 where there is a GPU."""
-    import torch
-    from transformers.utils import logging
-
-    from loralloy.console import console
-
-    logging.disable_progress_bar()
-    torch.set_float32_matmul_precision("high")
-    console.quiet = True
+@contextlib.contextmanager
+def slot(out: Path, name: str, count: int) -> Iterator[None]:
+    """One of `count` places, which processes share; waits for one."""
+    while True:
+        for n in range(count):
+            with lock(out / "locks" / f"{name}{n}", wait=False) as held:
+                if held:
+                    yield
+                    return
+        time.sleep(0.2)

@@ -9,8 +9,9 @@ from typing import Any
 
 from loralloy.live import LiveModel
 from loralloy.live.paged import PagedModel
+from loralloy.serving.rows import Row
 from loralloy.serving.sampling import Sampling
-from loralloy.serving.scheduler import Row, Scheduler
+from loralloy.serving.scheduler import Scheduler
 from loralloy.weights import Weights
 from serving_world import (
     Clock,

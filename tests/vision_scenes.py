@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers import generator
 from loralloy.live.vision import ImageClassifier
-from loralloy.tasks.images import ImageSet, from_arrays
+from loralloy.tasks.image_set import ImageSet, from_arrays
 
 CLASSES = ("circle", "square", "star")
 

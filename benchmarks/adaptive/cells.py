@@ -1,7 +1,7 @@
-"""What there is to compute: a cell (one configuration of one seed), a job (one adapter to train), and a group of them.
+"""What there is to compute: a cell (one configuration of one seed), and a job (one adapter to train).
 
-A cell's result is one small JSON file under OUT/cells/BENCH/. Cells of one bank, rule and space stand in one `Group`, whose
-terms are made once by the process that takes it.
+A cell's result is one small JSON file under OUT/cells/BENCH/. Cells of one bank, rule and space stand in one `sites.Group`,
+whose terms are made once by the process that takes it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ SIZES = (1, 2, 5, 20)  # buffer rows a class and domain
 DRAWS = (1, 2)  # of the buffer's rows, beside draw 0
 GRAINS = ("adapter", "layer", "module")
 CHOSEN = (("linear", "delta"), ("ties", "delta"))  # the merges that are looked at more closely
+EVEN = "even_"
 HEADS = ("random", "learned", "prototypes")
 # where else the learner might begin: `strategies.begun` says what they are
 STARTS = ("match", "match_pull", "near", "near_pull", "scale_pull", "match_still", "near_still")
@@ -26,6 +27,7 @@ STARTS = ("match", "match_pull", "near", "near_pull", "scale_pull", "match_still
 @dataclass(frozen=True)
 class Cell:
     """One configuration. how: fixed, learned, fresh, search, entropy, regmean, geometry; base, own, joint and seq merge nothing.
+    even_learned and even_joint are those with their answers evened out over the buffer's inputs.
 
     "fresh" is learned on a buffer of rows that no adapter was trained on (its validation figures may hold those rows).
 
@@ -47,6 +49,15 @@ class Cell:
     rank: int | str | None = None
     order: int = 0
     draw: int = 0
+
+    @property
+    def plain(self) -> str:
+        """How its coefficients, or its one adapter, are made."""
+        return self.how.removeprefix(EVEN)
+
+    @property
+    def even(self) -> bool:
+        return self.how.startswith(EVEN)
 
     @property
     def name(self) -> str:
@@ -96,29 +107,12 @@ class Job:
         return Job(self.seed, self.after[-1:], self.after[:-1], self.head, self.order) if self.after else None
 
 
-@dataclass(frozen=True)
-class Group:
-    """Work that one process does at a stretch: training jobs, or cells of one bank, rule and space."""
-
-    bench: str
-    part: str
-    seed: int
-    jobs: tuple[Job, ...] = ()
-    cells: tuple[Cell, ...] = ()
-    needs: tuple[Job, ...] = ()
-
-    @property
-    def name(self) -> str:
-        first = self.jobs[0].name.replace("/", "-") if self.jobs else self.cells[0].name
-        return f"{self.bench}-{self.part}-{first}"
-
-
 def needs(cell: Cell, orders: Sequence[Sequence[str]]) -> tuple[Job, ...]:
     """The adapters that a cell merges or evaluates."""
     if cell.how == "base":
         return ()
     lead = "learned" if cell.head == "learned" else "random"
-    if cell.how == "joint":
+    if cell.plain == "joint":
         return (Job(cell.seed, cell.domains, (), lead, cell.order if lead == "learned" else 0),)
     if cell.how == "seq":
         order = tuple(orders[cell.order])

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cells import CHOSEN, GRAINS, STARTS, cell_name
+from cells import CHOSEN, GRAINS, SIZES, STARTS, cell_name
 from parts import PARTS
 from plan import BENCHES, groups
-from results import Cells, Mean, difference, final, interval, percent, table, validation
+from results import Cells, Mean, difference, final, interval, percent, validation
 from tables import LEARNED, WORDS, Bench, title
 
 from loralloy.continual.experience import DomainStream
+from pages import table
 
 OF_START = {
     "scale": "the library's: the best on the buffer of up to 6 scales, 0.4 to 1.8 times an adapter's length",
@@ -56,6 +57,28 @@ def untrained(b: Bench) -> list[str]:
                 means = [percent(Mean.of([some[seed] for seed in known if seed in new])) for some in (known, new)]
                 rows.append([f"{title(rule, space)}, by {grain}", str(k), *means, interval(gap), str(gap.n)])
     return table(["", "rows a class", "trained on", "not trained on", "not trained on - trained on", "seeds"], rows)
+
+
+def evened(b: Bench) -> list[str]:
+    """Learned merges and joint training with their answers evened out over the buffer's inputs, against the same as they are."""
+    rows = []
+    for rule, space in CHOSEN:
+        for k in SIZES:
+            for grain in GRAINS:
+                same: dict[str, Any] = {"rule": rule, "space": space, "per_class": k, "grain": grain, "b_max": 3.0}
+                even = b.cells.by_seed(how="even_learned", domains=b.names, head="random", **same)
+                plain = b.learned(rule, space, per_class=k, grain=grain)
+                rows.append((f"{title(rule, space)}, by {grain}", k, plain, even))
+    for k in SIZES:
+        even = b.cells.by_seed(how="even_joint", domains=b.names, head="random", per_class=k)
+        rows.append(("joint training", k, b.alone("joint"), even))
+    lines = []
+    for said, k, plain, even in rows:
+        gap = difference(even, plain)
+        if gap.n:
+            means = [percent(Mean.of([some[seed] for seed in even if seed in plain])) for some in (plain, even)]
+            lines.append([said, str(k), *means, interval(gap), str(gap.n)])
+    return table(["", "rows a class", "as they are", "evened out", "evened out - as they are", "seeds"], lines)
 
 
 def starts(b: Bench) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from cells import CHOSEN, GRAINS, GRID, SIZES
@@ -10,17 +9,16 @@ from results import Cells, Mean
 from streams import QUANTITIES, growth_rows
 from tables import WORDS, Bench, title
 
+from pages import png, pyplot
+
 _STYLES = {"adapter": "-o", "layer": "--s", "module": ":^"}
 
 
 def draw(b: Bench, growing: dict[str, Cells]) -> bytes:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     growing = {name: cells for name, cells in growing.items() if cells.rows}
-    figure, panels = plt.subplots(1, 2 + bool(growing), figsize=(16 if growing else 11, 5.4), constrained_layout=True)
+    figure, panels = pyplot().subplots(
+        1, 2 + bool(growing), figsize=(16 if growing else 11, 5.4), constrained_layout=True
+    )
     left, middle = panels[:2]
     one_seed = False
     for n, (rule, space) in enumerate(CHOSEN):
@@ -80,10 +78,7 @@ def draw(b: Bench, growing: dict[str, Cells]) -> bytes:
             _legend(panel)
     if growing:
         _grown(panels[2], growing)
-    memory = io.BytesIO()
-    figure.savefig(memory, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    return memory.getvalue()
+    return png(figure)
 
 
 def _grown(panel: Any, growing: dict[str, Cells]) -> None:

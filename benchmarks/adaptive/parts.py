@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +16,6 @@ from cells import (
     SIZES,
     STARTS,
     Cell,
-    Group,
     Job,
     fresh,
     learned,
@@ -24,6 +24,7 @@ from cells import (
 )  # fmt: skip
 
 from loralloy.continual.experience import DomainStream
+from sites import Group
 
 if TYPE_CHECKING:
     from plan import Bench
@@ -160,6 +161,23 @@ def _ranks(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator
     return _merged(bench, stream, part, cells)
 
 
+def _even(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    """Learned merges of the rank that their adapters' ranks sum to, and joint training, with their answers evened out."""
+    names = tuple(stream.names)
+    rank = stream.fields.train["rank"] * len(names)
+    wanted = [(1, "adapter"), (1, "layer"), (20, "adapter"), (20, "layer"), (20, "module")]
+    cells = [
+        dataclasses.replace(learned(seed, names, rule, space, per_class=k, grain=grain), how="even_learned", rank=rank)
+        for rule, space in CHOSEN
+        for k, grain in wanted
+        if k in bench.buffers and grain in bench.grains
+    ]
+    yield from _merged(bench, stream, part, cells)
+    for k in (1, 20):
+        joint = Cell("even_joint", seed, names, per_class=k)
+        yield Group(bench.name, part, seed, (), (joint,), needs(joint, stream.orders))
+
+
 def _starts(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
     cells = [learned(seed, stream.names, r, s, start=start) for r, s in bench.merges for start in STARTS]
     return _merged(bench, stream, part, cells)
@@ -197,6 +215,7 @@ PARTS = {
     "d": Part("classifier heads", _heads),
     "e": Part("the merge after every experience", _path),
     "z": Part("learned from the poster's start, c = 0", _zero),
+    "even": Part("answers evened out over the buffer's inputs", _even),
     "r": Part("what the cut to a rank costs", _ranks),
     "p": Part("the merge after every experience, with prototypes", _path_of_prototypes),
     "draws": Part("the same learned coefficients on two more draws of the buffer's rows", _draws),

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cells import B_MAX, GRAINS, RULES, SIZES, SPACES, Group
+from cells import B_MAX, GRAINS, RULES, SIZES, SPACES
 from parts import PARTS, rank
 
 from loralloy.continual.experience import DomainStream
+from sites import Group
 
 HERE = Path(__file__).resolve().parent
 
@@ -76,7 +77,7 @@ def groups(bench: Bench, stream: DomainStream) -> list[Group]:
         new = tuple(c for c in group.cells if c.name not in known)
         known |= {c.name for c in new}
         if new or group.jobs:
-            result.append(Group(group.bench, group.part, group.seed, group.jobs, new, group.needs))
+            result.append(dataclasses.replace(group, cells=new))
     return result
 
 

@@ -7,7 +7,6 @@ python benchmarks/adaptive/report.py --write --again   # from the committed .jso
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [p for p in (str(Path(__file__).resolve().parent), str(ROOT / "src")) if p not in sys.path]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [p for p in (str(HERE), str(HERE.parent), str(ROOT / "src")) if p not in sys.path]
 
 import checks  # noqa: E402
 import claims  # noqa: E402
@@ -28,17 +28,13 @@ from plan import BENCHES  # noqa: E402
 from results import Cells  # noqa: E402
 
 from loralloy.atomic import atomic_file  # noqa: E402
+from pages import report_parser, sections  # noqa: E402
 
 PAGES = {"emoji": ("emoji4", ("emoji7",)), "sentiment": ("sentiment4", ("text20",)), "multiemo": ("multiemo4", ())}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", help=f"only these: {', '.join(PAGES)}")
-    parser.add_argument("--cells", type=Path, default=ROOT / ".assets/adaptive/cells")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs/results")
-    parser.add_argument("--write", action="store_true", help="write the pages into --docs")
-    parser.add_argument("--again", action="store_true", help="from the .json files that lie in --docs")
+    parser = report_parser(__doc__, "pages", PAGES, ROOT / ".assets/adaptive/cells", ROOT / "docs/results")
     options = parser.parse_args(argv)
     for page in options.pages or PAGES:
         data = options.docs / f"adaptive-{page}.json"
@@ -95,15 +91,13 @@ def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str,
         ("Coefficients by experience", "Means over seeds, the first order.", streams.coefficients(b)),
         ("Classifier heads", wording.HEADS, tables.heads(b) if kind == "images" else []),
         ("Why wrong weights collapse", wording.COLLAPSE, tables.collapse(b)),
+        ("Answers evened out", wording.EVENED, checks.evened(b)),
         ("What the cut to a rank costs", wording.RANKS, tables.ranks(b)),
         ("Rows that no adapter was trained on", wording.UNTRAINED + drawn, checks.untrained(b)),
         ("Where the learner begins", wording.STARTS, checks.starts(b)),
         ("Growth", wording.GROWTH.format(devices=f" ({', '.join(devices)})" if devices else ""), grown),
     ]
-    lines = [f"# Adaptive merging: {stream.fields.title}", "", *preamble(page, b, found), ""]
-    for heading, text, body in parts:
-        if len(body) > 3 or (body and not body[0].startswith("|")):  # a table of no rows has three lines
-            lines += [f"## {heading}", "", *([text, ""] if text else []), *body]
+    lines = [f"# Adaptive merging: {stream.fields.title}", "", *preamble(page, b, found), "", *sections(parts)]
     return "\n".join(lines).rstrip() + "\n", claims.verdicts(b, kind, growing), draw(b, growing)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pages
+from cell_files import Row, read, rounded
 from loralloy.continual.results import Mean
 
-Row = dict[str, Any]
 _ABSENT = {"draw": 0}
 _DROPPED = ("correct", "searched", "version", "bench", "adapters")
 
@@ -26,9 +26,7 @@ class Cells:
     @staticmethod
     def load(folder: Path, bench: str) -> Cells:
         """The files of OUT/cells/BENCH."""
-        return Cells(
-            bench, [json.loads(p.read_text(encoding="utf-8")) for p in sorted((folder / bench).glob("*.json"))]
-        )
+        return Cells(bench, read(folder / bench))
 
     def find(self, **settings: Any) -> list[Row]:
         """Cells whose settings are these; None asks for a setting that is absent, and what is not named may be anything.
@@ -56,7 +54,7 @@ class Cells:
 
     def compact(self) -> list[Row]:
         """What a reader may want to compute from, without the row-by-row answers."""
-        return [_rounded({k: v for k, v in row.items() if k not in _DROPPED}) for row in self.rows]
+        return [rounded({k: v for k, v in row.items() if k not in _DROPPED}) for row in self.rows]
 
 
 def final(row: Row) -> float:
@@ -87,7 +85,7 @@ def interval(mean: Mean) -> str:
         return ""
     if mean.n < 2:
         return f"{100 * mean.value:+.1f} (one seed)"
-    return f"{100 * mean.value:+.1f} [{100 * low(mean):+.1f}, {100 * high(mean):+.1f}]"
+    return pages.interval(mean.value, low(mean), high(mean))
 
 
 def low(mean: Mean) -> float:
@@ -98,19 +96,5 @@ def high(mean: Mean) -> float:
     return mean.value + mean.half
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    return [*lines, *("| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in rows), ""]
-
-
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value

@@ -23,9 +23,9 @@ sys.path[:0] = [p for p in (str(HERE), str(HERE.parent), str(ROOT / "src")) if p
 
 from parts import PARTS  # noqa: E402
 from plan import BENCHES  # noqa: E402
-from worker import Worker, done, wanted  # noqa: E402
+from worker import Worker  # noqa: E402
 
-from queue_cells import add_flags, launch, settle  # noqa: E402
+from queue_command import add_flags, command, list_groups  # noqa: E402
 
 OUT = ROOT / ".assets/adaptive"
 
@@ -35,38 +35,16 @@ def parser() -> argparse.ArgumentParser:
         prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--bench", nargs="+", choices=list(BENCHES), default=["emoji4", "sentiment4"])
-    found.add_argument(
-        "--parts",
-        nargs="+",
-        choices=list(PARTS),
-        help="only these: " + "; ".join(f"{k}: {v.what}" for k, v in PARTS.items()),
-    )
-    add_flags(found, ".assets/adaptive")
+    add_flags(found, ".assets/adaptive", {name: part.what for name, part in PARTS.items()})
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    options = settle(parser().parse_args(words), OUT)
-    if options.list:
-        return listed(options)
-    if options.worker:
-        return Worker(options).run()
-    return launch(__file__, words, options, lambda: sum(not done(g, options.out) for g in wanted(options)))
+    return command(__file__, argv, parser(), OUT, Worker, listed)
 
 
 def listed(options: argparse.Namespace) -> int:
-    total = [0, 0]
-    for group in wanted(options):
-        names = [job.name for job in group.jobs] + [cell.name for cell in group.cells]
-        total[0] += len(group.jobs)
-        total[1] += len(group.cells)
-        said = "done" if done(group, options.out) else "    "
-        print(
-            f"{said} {group.bench} {group.part:5} s{group.seed} {len(names):3}: {names[0]}{' ...' if len(names) > 1 else ''}"
-        )
-    print(f"{total[0]} trainings, {total[1]} cells")
-    return 0
+    return list_groups(options, Worker, 5)
 
 
 if __name__ == "__main__":

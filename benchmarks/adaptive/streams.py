@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from cells import CHOSEN
-from results import Cells, Mean, Row, final, percent, table
+from results import Cells, Mean, Row, final, percent
 from tables import LEARNED, Bench, title
 
 from loralloy.continual.metrics import Metrics
+from pages import table
 
 METRICS = ("final_accuracy", "incremental_accuracy", "forgetting", "backward_transfer", "forward_transfer")
 Config = tuple[str, str, str, dict[str, Any]]

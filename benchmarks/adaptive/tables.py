@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 from cells import B_MAX, CHOSEN, GRAINS, GRID, HEADS, RULES, SIZES, SPACES
-from results import Cells, Mean, Row, difference, final, interval, percent, table, validation
+from results import Cells, Mean, Row, difference, final, interval, percent, validation
+
+from pages import table
 
 OF_HEAD = {"random": "random head", "learned": "head of the first domain", "prototypes": "prototypes"}
 NAMES = {"linear": "Task arithmetic", "ties": "TIES", "dare_ties": "DARE-TIES"}

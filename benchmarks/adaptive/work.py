@@ -14,15 +14,17 @@ import torch
 from cells import RULES, Cell, Job, needs, own
 from plan import Bench
 
+import sites
+from devices import device_name, let_go, wait
 from loralloy.adapter import Adapter
 from loralloy.bank import Bank
 from loralloy.continual.buffer import BufferRow, MemoryBuffer
 from loralloy.continual.experience import DomainStream, Experience
 from loralloy.continual.workshop import Workshop, composed, make_workshop
-from loralloy.evaluation.suite.locks import lock
 from loralloy.live.learnable import Learnable
-from loralloy.merging import get_rule
+from loralloy.merging import get_rule, merge
 from loralloy.weights import Weights
+from queue_cells import slot
 
 HEAVY = 3  # processes that may hold a buffer of 20 rows a class at once
 LARGE = 20
@@ -33,7 +35,7 @@ def rule_of(name: str) -> Any:
     return get_rule(name)(**given) if given else get_rule(name)
 
 
-class Site:
+class Site(sites.Site):
     """A bench in this process: its workshops by head and split, adapters on disk, and the terms that are held."""
 
     def __init__(self, bench: Bench, stream: DomainStream, out: Path, workshop: Workshop | None = None) -> None:
@@ -96,18 +98,21 @@ class Site:
             bank = self.bank(jobs)
             self.live = Learnable(self.main.model, bank, rule_of(cell.rule), cell.space, base=self.main.base)
             self._held = key
-            _wait()
+            wait()
         assert self.live is not None
         self.live.set(None)
         return self.live, self.live.bank, time.perf_counter() - began
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.main.model.parameters()).device
 
     def drop(self) -> None:
         """The model without a bank in it."""
         if self.live is not None:
             self.live.remove()
         self.live = self._held = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        let_go()
 
     def rows(
         self, seed: int, domains: Sequence[str], per_class: int, fresh: bool = False, draw: int = 0
@@ -137,22 +142,14 @@ class Site:
 
     # -- work ----------------------------------------------------------------------------------------------------------
 
-    def train(self, job: Job) -> float:
-        """Train an adapter unless it is there; the seconds."""
-        out = self.folder(job)
-        if out.is_dir():
-            return 0.0
-        self.drop()
-        began = time.perf_counter()
+    def make(self, job: Job, out: Path) -> None:
         workshop = self.workshop("learned" if job.head == "learned" else "random")
         lead = own(job.seed, self.stream.orders[job.order][0], "learned", job.order)
         leads = job.head == "learned" and len(job.domains) == 1 and job.domains != lead.domains
         workshop.begin(job.seed, self.folder(lead) if leads else None)
         before = job.before
         init = None if before is None else self.folder(before)
-        out.parent.mkdir(parents=True, exist_ok=True)
         workshop.train([workshop.experiences[d] for d in job.domains], out, job.seed, init)
-        return time.perf_counter() - began
 
     def cell(self, cell: Cell) -> dict[str, Any]:
         """Compute a cell."""
@@ -168,8 +165,8 @@ class Site:
                 found = self._alone(cell)
             else:
                 found = self._merged(cell)
-            if heavy and torch.cuda.is_available():
-                torch.cuda.empty_cache()  # the others need what this has held
+            if heavy:
+                let_go()  # the others need what this has held
         found["seconds"] = {**found.get("seconds", {}), "all": time.perf_counter() - began}
         if torch.cuda.is_available():
             found["memory"] = int(torch.cuda.max_memory_allocated())
@@ -220,6 +217,12 @@ class Site:
         names = self.stream.names
         if cell.how == "base":
             return self._score(cell, rows, names)
+        if cell.even:
+            from even import evened
+
+            (job,) = needs(cell, self.stream.orders)
+            with evened(self, cell, Adapter.load(self.folder(job)), rows) as told:
+                return {**self._score(cell, rows, names), **told}
         if cell.how == "joint":
             (job,) = needs(cell, self.stream.orders)
             with composed(self.main, self.folder(job)):
@@ -250,12 +253,13 @@ class Site:
         rows = self._begin(cell)
         began = time.perf_counter()
         weights, told = coefficients(self, cell, live, bank, rows)
-        _wait()
+        wait()
         seconds = {"terms": making, "learn": time.perf_counter() - began}
         names = cell.domains if self.bench.sizes else self.stream.names
-        with self.set(cell, live, bank, weights) as setting:
+        with self.set(cell, live, bank, weights, rows) as setting:
             found = self._score(cell, rows, names)
-        found["seconds"] |= {**seconds, "set": setting[0]}
+        found["seconds"] |= {**seconds, "set": setting.pop("seconds")}
+        told |= setting
         table = [[weights.of(n, m) for m in bank[n]] for n in bank.names]
         told["weights"] = {n: sum(row) / len(row) for n, row in zip(bank.names, table, strict=True)}
         if weights.per_module:
@@ -263,45 +267,30 @@ class Site:
         return {**found, **told, "terms": live.nbytes, "rows": len(rows)}
 
     @contextlib.contextmanager
-    def set(self, cell: Cell, live: Learnable, bank: Bank, weights: Weights) -> Iterator[list[float]]:
-        """The merge in the model: uncut, or as the adapter of a rank that `merge` makes."""
-        seconds: list[float] = []
+    def set(
+        self, cell: Cell, live: Learnable, bank: Bank, weights: Weights, rows: Sequence[BufferRow]
+    ) -> Iterator[dict[str, Any]]:
+        """The merge in the model: uncut, or as the adapter of a rank that `merge` makes, evened out or not. Yields the seconds
+        that it took, and what there is to say of it."""
         began = time.perf_counter()
         if cell.rank is None:
             with torch.no_grad(), live.at(weights):
-                _wait()
-                seconds.append(time.perf_counter() - began)
-                yield seconds
+                wait()
+                yield {"seconds": time.perf_counter() - began}
             return
         from loralloy.weighting.candidates import Candidates
 
         self.drop()
+        if cell.even:
+            from even import evened
+
+            made = merge(bank, weights, rule_of(cell.rule), cell.space, cell.rank, device=self.device, measure="none")  # type: ignore[arg-type]
+            with evened(self, cell, made.adapter, rows) as told:
+                yield {"seconds": time.perf_counter() - began, **told}
+            return
         cut = Candidates(self.main.model, bank, rule_of(cell.rule), cell.space, cell.rank, base=self.main.base)  # type: ignore[arg-type]
         try:
             with cut.at(weights):
-                seconds.append(time.perf_counter() - began)
-                yield seconds
+                yield {"seconds": time.perf_counter() - began}
         finally:
             cut.remove()
-
-
-@contextlib.contextmanager
-def slot(out: Path, name: str, count: int) -> Iterator[None]:
-    """One of `count` places, which processes share; waits for one."""
-    while True:
-        for n in range(count):
-            with lock(out / "locks" / f"{name}{n}", wait=False) as held:
-                if held:
-                    yield
-                    return
-        time.sleep(0.2)
-
-
-def device_name(model: torch.nn.Module) -> str:
-    device = next(model.parameters()).device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

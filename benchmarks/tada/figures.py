@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import io
-
 import claims
 from designs import BASELINES, METHODS
 from plan import ALONE, Half
 from results import Cells
 
+from pages import png, pyplot
+
 
 def draw(half: Half, cells: Cells) -> bytes:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     mine = claims.ours(half)
     configs = [(m.title, (m.name, "", half.rank)) for m in ALONE]
     configs += [(m.title, (m.name, "best", half.rank)) for m in BASELINES]
     configs += [(METHODS[n].title, (n, "best", half.rank)) for n in half.designs[1:]]
     shown = [(title, cells.difference(config, mine)) for title, config in configs if cells.of(*config)]
     shown = sorted([s for s in shown if s[1].pairs], key=lambda s: s[1].value)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), constrained_layout=True)
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(13, 5.2), constrained_layout=True)
     for y, (_, i) in enumerate(shown):
         left.plot([100 * i.low, 100 * i.high], [y, y], color="C0")
         left.plot([100 * i.value], [y], "o", color="C0", markersize=4)
@@ -47,7 +42,4 @@ def draw(half: Half, cells: Cells) -> bytes:
     right.grid(alpha=0.3)
     if right.get_legend_handles_labels()[0]:
         right.legend(fontsize=7)
-    memory = io.BytesIO()
-    figure.savefig(memory, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    return memory.getvalue()
+    return png(figure)

@@ -9,7 +9,8 @@ import torch
 from designs import Method
 
 from loralloy.merging.tada import Found
-from loralloy.weighting.gating import Gate, depth_slope, depths
+from loralloy.weighting.contrasts import depths
+from loralloy.weighting.gating import Gate, depth_slope
 from loralloy.weighting.probed import Readings
 
 

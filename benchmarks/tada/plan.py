@@ -23,6 +23,7 @@ from designs import (
 )
 
 from loralloy.errors import LoralloyError
+from sites import Group
 
 HERE = Path(__file__).resolve().parent
 HALVES = ("language", "vision")
@@ -83,23 +84,6 @@ class Cell:
     def name(self) -> str:
         words = [self.pair.replace(">", "-on-"), f"s{self.seed}", f"r{self.rank}", self.method.name, self.at]
         return "-".join(w for w in words if w)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Work that one process does at a stretch."""
-
-    half: str
-    part: str
-    seed: int
-    jobs: tuple[Job, ...] = ()
-    cells: tuple[Cell, ...] = ()
-    needs: tuple[Job, ...] = ()
-
-    @property
-    def name(self) -> str:
-        first = self.jobs[0].name.replace("/", "-") if self.jobs else self.cells[0].name
-        return f"{self.half}-{self.part}-{first}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ python benchmarks/tada/report.py --write
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -23,10 +22,12 @@ import notes  # noqa: E402
 from designs import BASELINES, DESIGNS, LEARNED, METHODS, RANKS, SIZES, TUNED_BESIDE, of_half  # noqa: E402
 from figures import draw  # noqa: E402
 from plan import ALONE, HALVES, Half, load  # noqa: E402
-from results import Cells, bits, packed, percent, table  # noqa: E402
+from results import Cells, bits, packed, percent  # noqa: E402
 
+from cell_files import rounded  # noqa: E402
 from loralloy.atomic import atomic_file  # noqa: E402
 from loralloy.weighting.levels import LEVELS  # noqa: E402
+from pages import report_parser, sections, table  # noqa: E402
 
 AT = {
     "even": "0.5/0.5", "ones": "1/1", "free": "level chosen without labels", "balanced": "1/1, answers balanced without labels",
@@ -37,12 +38,7 @@ ROOM, OVER_BASE = 0.03, 0.05  # the rule of pairs.yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("half", nargs="*", help=f"only these: {', '.join(HALVES)}")
-    parser.add_argument("--cells", type=Path, default=ROOT / ".assets/tada/cells")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs/results")
-    parser.add_argument("--write", action="store_true", help="write the pages into --docs")
-    parser.add_argument("--again", action="store_true", help="from the .json files that lie in --docs")
+    parser = report_parser(__doc__, "half", HALVES, ROOT / ".assets/tada/cells", ROOT / "docs/results")
     parser.add_argument("--screen", action="store_true", help="print the room of the final pairs and the reserves")
     parser.add_argument("--development", action="store_true", help="print the designs on the development pairs")
     options = parser.parse_args(argv)
@@ -82,7 +78,7 @@ def read(folder: Path, half: str, which: str, kept: Path | None) -> Cells:
     if kept is not None:
         return Cells(json.loads(kept.read_text(encoding="utf-8"))[which] if kept.is_file() else [])
     found = Cells.load(folder / f"{half}-{which}").rows
-    kept_rows = [{k: _rounded(v) for k, v in row.items() if k != "tried"} | _among(row) for row in found]
+    kept_rows = [{k: rounded(v) for k, v in row.items() if k != "tried"} | _among(row) for row in found]
     return Cells([row | ({"correct": packed(row["correct"])} if "correct" in row else {}) for row in kept_rows])
 
 
@@ -243,20 +239,10 @@ def page(half: Half, screen: Cells, develop: Cells, final: Cells, verdicts: Sequ
         ("Screen", "Validation rows of seed 0, before any design was run on these pairs.",
          screened(half, screen) if screen.rows else []),
     ]  # fmt: skip
-    for heading, text, body in parts:
-        if body:
-            lines += [f"## {heading}", "", *([text, ""] if text else []), *body]
+    lines += sections(parts)
     if merged:
         lines += [f"A merge of ours took {merged[len(merged) // 2]:.2f} s (median, beside other processes)."]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-Row = dict[str, Any]
+import pages
+from cell_files import Row, read
+
 SAMPLES = 1000
 
 
@@ -37,7 +38,7 @@ class Interval:
         """In points; "" for no pair."""
         if not self.pairs:
             return ""
-        return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        return pages.interval(self.value, self.low, self.high)
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Cells:
 
     @staticmethod
     def load(folder: Path) -> Cells:
-        return Cells([json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))])
+        return Cells(read(folder))
 
     @property
     def methods(self) -> list[tuple[str, str, int]]:
@@ -142,13 +143,6 @@ def slopes(cells: Iterable[Row]) -> dict[str, list[float]]:
         if "slope" in row and not math.isnan(row["slope"][0]):
             found.setdefault(row["cell"]["pair"], []).append(row["slope"][0])
     return found
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table; nothing for no rows."""
-    lines = ["| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in rows]
-    head = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    return [*head, *lines, ""] if lines else []
 
 
 def percent(value: float) -> str:

@@ -26,7 +26,6 @@ sys.path[:0] = [p for p in (str(HERE), str(HERE.parent), str(ROOT / "src")) if p
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from plan import adapters, load, split  # noqa: E402
-from results import table  # noqa: E402
 from site_text import TextSite  # noqa: E402
 
 from loralloy.adapter import Adapter  # noqa: E402
@@ -38,6 +37,7 @@ from loralloy.live.scoring import score_options  # noqa: E402
 from loralloy.merging import get_rule, merge  # noqa: E402
 from loralloy.weighting.balance import balance, text_directions  # noqa: E402
 from loralloy.weights import Weights  # noqa: E402
+from pages import table  # noqa: E402
 
 # name -> rule, its parameters, weights of task and domain; None is the task adapter alone
 MERGES: dict[str, tuple[str, dict[str, Any], tuple[float, float]] | None] = {

@@ -12,7 +12,8 @@ from site_text import sample
 
 from loralloy.errors import LoralloyError
 from loralloy.live.vision import ImageClassifier, load_backbone
-from loralloy.tasks.images import ImageSet, load_images
+from loralloy.tasks.image_set import ImageSet
+from loralloy.tasks.images import load_images
 from loralloy.training.data import mix
 from loralloy.training.image_config import ImageTrainConfig
 from loralloy.training.images import train_images
@@ -73,21 +74,7 @@ class ImageSite:
         return lambda: torch.cat([self.classifier(part) for part in images.split(64)]).float().log_softmax(1).cpu()
 
     def directions(self, domain: str) -> torch.Tensor:
-        """[classes, hidden], what raises each class in the last layer's last module at the class token, float32 on the CPU.
-
-        To first order the gradient: the head's rows over the class token, times the final norm's scale and the scale that the
-        layer gives what the module writes. The head's other half, over the mean patch, is left out. Raises LoralloyError for a
-        head without rows.
-        """
-        if self.classifier.kind == "prototypes":
-            raise LoralloyError("a head of prototypes has no direction for each class; use a linear head")
-        hidden = self.model.config.hidden_size
-        found = self.classifier.linear.weight[:, :hidden].detach().float().cpu()
-        norm = getattr(self.model, "layernorm", None)
-        if norm is not None:
-            found = found * norm.weight.detach().float().cpu()
-        scales = [m for n, m in self.model.named_modules() if n.endswith("layer_scale2") and hasattr(m, "lambda1")]
-        return found * scales[-1].lambda1.detach().float().cpu() if scales else found
+        return self.classifier.directions()
 
     def general(self) -> list[dict[str, Any]]:
         raise NotImplementedError("there are no images of no domain; the reference is the task's own inputs")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from designs import COEFFICIENTS, Method
+from choosing import chosen
+from designs import Method
 from gates import discarded, over_depth
-from kept import key, tuned
+from kept import key
 from learned import learned
 from plan import Cell, Half, Job, adapters, split
 
+import sites
+from devices import device_name, let_go
 from loralloy.adapter import Adapter
 from loralloy.bank import Bank
 from loralloy.errors import LoralloyError
@@ -28,7 +30,6 @@ from loralloy.weighting.balance import balance
 from loralloy.weighting.candidates import can_learn
 from loralloy.weighting.common import freed_bank
 from loralloy.weighting.gating import Gate
-from loralloy.weighting.levels import LEVELS, information
 from loralloy.weighting.probed import Readings, probe
 from loralloy.weighting.tada import in_order
 from loralloy.weights import Weights
@@ -37,7 +38,7 @@ NAMES = ("task", "domain")
 COMMON = 16  # directions that are read; methods use fewer
 
 
-class Site:
+class Site(sites.Site):
     """A half in this process: its model, the pair that is held, and what its adapters answered to."""
 
     def __init__(self, half: Half, out: Path, device: str | None = None, inner: Any = None) -> None:
@@ -70,8 +71,7 @@ class Site:
         self._held = self._bank = None
         self._readings.clear()
         self._freed.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        let_go()
 
     def _bare(self) -> None:
         """No live terms in the model."""
@@ -79,16 +79,8 @@ class Site:
             self._live[1].remove()
             self._live = None
 
-    def train(self, job: Job) -> float:
-        """Seconds; 0 for an adapter that is there."""
-        out = self.folder(job)
-        if out.is_dir():
-            return 0.0
-        self.drop()
-        began = time.perf_counter()
-        out.parent.mkdir(parents=True, exist_ok=True)
+    def make(self, job: Job, out: Path) -> None:
         self.inner.train(job, out)
-        return time.perf_counter() - began
 
     # -- a cell --------------------------------------------------------------------------------------------------------
 
@@ -102,7 +94,7 @@ class Site:
             told = self._alone(cell, domain)
         elif cell.method.trains:
             self._bare()
-            told = learned(self.inner, self.bank, cell, domain, bool(self.half.few), lambda: self._score(domain))
+            told = learned(self.inner, self.bank, cell, domain, bool(self.half.few), lambda: self.score(domain))
         else:
             told = self._merged(cell, domain)
         settings = {
@@ -110,14 +102,13 @@ class Site:
             "at": cell.at, "key": key(self.half, cell),
         }  # fmt: skip
         seconds = {**told.pop("seconds", {}), "all": time.perf_counter() - began}
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return {
             "version": 1,
             "cell": settings,
             "title": cell.method.title,
             **told,
             "seconds": seconds,
-            "device": device,
+            "device": device_name(self.inner.model),
         }
 
     def hold(self, cell: Cell) -> None:
@@ -145,7 +136,7 @@ class Site:
             self._freed[wanted] = freed_bank(self.bank, self.readings(method)[0].common, method.common, chosen)
         return self._freed[wanted]
 
-    def _score(self, domain: str, splits: tuple[str, ...] = ("validation", "test")) -> dict[str, Any]:
+    def score(self, domain: str, splits: tuple[str, ...] = ("validation", "test")) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name in splits:
             right = self.inner.answers(domain, name)
@@ -158,7 +149,7 @@ class Site:
         name, screen = cell.method.name, ("validation",)
         splits = screen if cell.pair in self.half.pairs("reserves") or name == "own" else ("validation", "test")
         if name == "base":
-            return self._score(domain, splits)
+            return self.score(domain, splits)
         if name == "own":
             job = dataclasses.replace(adapters(self.half, cell.pair, cell.seed, cell.rank)[1], kind="own")
             adapter = Adapter.load(self.folder(job), "own")
@@ -168,7 +159,7 @@ class Site:
         if cell.at == "balanced":
             adapter, told = self.balanced(adapter, cell, domain)
         with self.held(adapter):
-            return {**self._score(domain, splits), **told}
+            return {**self.score(domain, splits), **told}
 
     @contextlib.contextmanager
     def held(self, adapter: Adapter) -> Iterator[None]:
@@ -196,44 +187,16 @@ class Site:
 
     def _merged(self, cell: Cell, domain: str) -> dict[str, Any]:
         method = cell.method
-        tried: list[dict[str, Any]] = []
-
-        def look(values: Mapping[str, Any], scale: tuple[float, float]) -> float:
-            with self.set(method, scale, values):
-                seen = self._score(domain, ("validation",))["validation"]
-            tried.append({"scale": list(scale), **values, "validation": seen})
-            return float(seen)
-
-        values: dict[str, Any] = {"density": method.densities[0]} if method.densities else {}
-        scale = COEFFICIENTS[0] if cell.at == "even" else (1.0, 1.0)
-        if cell.at == "free":
-            answers = self.inner.unlabelled_answers(domain, method.inputs or self.half.calibration, cell.seed)
-            for level in LEVELS:
-                with self.set(method, (level, level), values):
-                    tried.append({"scale": [level, level], "information": information(answers())})
-            known = [t for t in tried if math.isfinite(t["information"])]
-            best = max(known, key=lambda t: t["information"])["scale"]  # of equals the smallest
-            scale = (best[0], best[1])
-        if cell.at == "best":  # the density at weights of 1, then the weights at that density; the first of equals
-            if method.densities:
-                known = {d: look({"density": d}, scale) for d in method.densities}
-                values = {"density": max(method.densities, key=lambda d: known[d])}
-            seen = {tuple(t["scale"]): t["validation"] for t in tried if t.get("density") == values.get("density")}
-            for one in COEFFICIENTS:
-                if one not in seen:
-                    seen[one] = look(values, one)
-            scale = max(COEFFICIENTS, key=lambda c: seen[c])
-        if cell.at == "tuned":
-            scale, values = tuned(self.out, self.half, cell)
+        scale, values, tried = chosen(self, cell, domain)
         if cell.at in ("balanced", "tuned"):
             made, told = self.made(method, scale, values)
             made, more = self.balanced(made, cell, domain)
             told = {**told, **more, "seconds": {**told["seconds"], **more["seconds"]}}
             with self.held(made):
-                found = self._score(domain)
+                found = self.score(domain)
         else:
             with self.set(method, scale, values) as told:
-                found = self._score(domain)
+                found = self.score(domain)
         found |= {"scale": list(scale), **values, **({"tried": tried} if tried else {})}
         gates = over_depth(method, cell.seed, *self.readings(method)) if method.gate else {}
         return {**found, **told, **gates}

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,7 +42,10 @@ class Adapter(Mapping[str, LoraFactors]):
         provenance: what the safetensors header records (training, parents, rule, error); may be empty.
         licence: from the model card, or None.
         path: the folder it came from, or None.
+        own_names: module -> what the adapter's files call it, where that is something else (see :mod:`loralloy.live.names`).
     """
+
+    own_names: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,

@@ -89,6 +89,21 @@ class Bank(Mapping[str, Adapter]):
                             f"weights of adapter {name!r} name module {module!r}, which it does not have"
                         )
 
+    def fit_weights(self, weights: Weights) -> Weights:
+        """The weights by the names that modules have here; adapters that go by other names than their files' take both.
+
+        Raises LoralloyError as :meth:`check_weights` does.
+        """
+        weights = fit_names(weights, self)
+        self.check_weights(weights)
+        return weights
+
+    def own_weights(self, weights: Weights) -> Weights:
+        """The weights by the names that modules have in each adapter's own files: what to save, or to merge without a model."""
+        of = {name: self[name].own_names for name in weights.names if weights.per_module}
+        own = {name: names for name, names in of.items() if names}
+        return weights.by_names(own) if own else weights
+
     # -- one base model ------------------------------------------------------------------------------------------------
 
     def _common_base(self) -> BaseRef:
@@ -138,6 +153,17 @@ class Bank(Mapping[str, Adapter]):
                         f"module {module!r} is {first.kind} {list(first.shape)} in adapter {other!r} but {outline.kind} "
                         f"{list(outline.shape)} in {name!r}; they are not of one base model{hint}"
                     )
+
+
+def fit_names(weights: Weights, adapters: Mapping[str, Adapter]) -> Weights:
+    """Weights whose modules are called as in the adapters' files by the names that they have in the adapters."""
+    new = {
+        name: {own: here for here, own in adapters[name].own_names.items()}
+        for name, value in weights.coefficients.items()
+        if isinstance(value, Mapping) and name in adapters and adapters[name].own_names
+        and not all(module == "*" or module in adapters[name] for module in value)
+    }  # fmt: skip
+    return weights.by_names(new) if new else weights
 
 
 def adapters_in(ref: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -86,6 +86,27 @@ class Weights:
         if abs(total) < 1e-12:
             raise LoralloyError("the weights sum to 0, so they cannot be normalised")
         return Weights({name: w / total for name, w in self.items()}, self.source, self.explain)
+
+    def by_names(self, names: Mapping[str, Mapping[str, str]]) -> Weights:
+        """The same weights with modules called otherwise: adapter -> {module -> its new name}; those not named keep theirs.
+
+        Raises LoralloyError where two modules of an adapter would be one.
+        """
+        made = dict(self.coefficients)
+        for adapter, new in names.items():
+            value = made.get(adapter)
+            if not isinstance(value, Mapping):
+                continue
+            renamed: dict[str, float] = {}
+            for module, w in value.items():
+                if (name := new.get(module, module)) in renamed:
+                    raise LoralloyError(
+                        f"weights of adapter {adapter!r} name module {name!r} twice, also as another version of transformers "
+                        "calls it; leave one out"
+                    )
+                renamed[name] = w
+            made[adapter] = renamed
+        return replace(self, coefficients=made)
 
     @staticmethod
     def uniform(names: Iterable[str]) -> Weights:

@@ -71,7 +71,7 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture
 def harness(tiny, monkeypatch):
     """The modules of the harness, over the tiny stream; gone again afterwards, since their names are plain words."""
-    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(FOLDER), str(FOLDER.parent), *sys.path])
     names = [path.stem for path in FOLDER.glob("*.py")]
     found = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     monkeypatch.setattr(found.plan, "HERE", tiny)

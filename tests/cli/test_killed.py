@@ -111,10 +111,10 @@ def test_ctrl_c_during_merge(cli, world, tmp_path):
 IN_THE_MIDDLE = """
 import os, sys, time
 from loralloy.bank import Bank
-from loralloy.merging import batches, merge
+from loralloy.merging import stacking, merge
 from loralloy.weights import Weights
 folder, target, rule, done = sys.argv[1:5]
-batches._BUDGET = {"cpu": 1}  # one module a batch
+stacking._BUDGET = {"cpu": 1}  # one module a batch
 seen = []
 
 def stop(module):

@@ -10,7 +10,7 @@ from helpers import (
     factors,
 )
 from loralloy.bank import Bank
-from loralloy.merging import RULES, Rule, batches, get_rule
+from loralloy.merging import RULES, Rule, get_rule, stacking
 from loralloy.merging.entries import random_mask
 from loralloy.weights import Weights
 
@@ -77,7 +77,7 @@ BOUND = [get_rule(n) for n in ORACLES] + [
 
 def expected(rule: Rule, of: Bank, weights: Weights, dense: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """What a rule makes of dense[adapter][module]."""
-    key = batches.keys_of(rule, [of[n] for n in weights.names])
+    key = stacking.keys_of(rule, [of[n] for n in weights.names])
     result = {}
     for m in dict.fromkeys(m for n in weights.names for m in dense[n]):
         who = [(i, n) for i, n in enumerate(weights.names) if m in dense[n] and weights.of(n, m)]

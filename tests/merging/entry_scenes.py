@@ -16,8 +16,8 @@ from loralloy.bank import Bank
 from loralloy.base_ref import BaseRef
 from loralloy.factors import LoraFactors
 from loralloy.merging import DareLinear, DareTies, MagnitudePrune, Rule, Space, Ties, make_plan, merge
-from loralloy.merging.batches import keys_of as _keys
 from loralloy.merging.entries import random_mask
+from loralloy.merging.stacking import keys_of as _keys
 from loralloy.weights import Weights
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

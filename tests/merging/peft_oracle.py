@@ -22,9 +22,9 @@ from helpers import as_weight, peft_deltas, relative
 from loralloy.adapter import Adapter
 from loralloy.bank import Bank
 from loralloy.merging import DareLinear, DareTies, MagnitudePrune, Rule, Ties, merge, spaces
-from loralloy.merging.batches import keys_of as _keys
 from loralloy.merging.entries import random_mask
 from loralloy.merging.stack import Stack
+from loralloy.merging.stacking import keys_of as _keys
 from loralloy.weights import Weights
 
 NEAR = 1e-5

@@ -19,7 +19,7 @@ from loralloy.adapter import Adapter
 from loralloy.bank import Bank
 from loralloy.errors import LoralloyError
 from loralloy.factors import LoraFactors
-from loralloy.merging import RULES, batches, get_plugin, get_rule, make_plan, merge, merge_factors
+from loralloy.merging import RULES, get_plugin, get_rule, make_plan, merge, merge_factors, stacking
 from loralloy.merging.entries import Entries
 from loralloy.weights import Weights
 
@@ -35,7 +35,7 @@ def test_batching_changes_nothing(rule, space, monkeypatch):
     for bound in variants:
         results = []
         for budget in (1, 40_000, 1 << 40):
-            monkeypatch.setattr(batches, "_BUDGET", {"cpu": budget})
+            monkeypatch.setattr(stacking, "_BUDGET", {"cpu": budget})
             results.append(merge(b, Weights({"a": 0.8, "c": -0.3, "b": 0.6}), bound, space))
         for other in results[1:]:
             for m, want in delta(results[0].adapter).items():
@@ -48,13 +48,13 @@ def test_batches_of_a_group_are_even(monkeypatch):
     plan = make_plan(
         Bank([adapter({f"m{i}": factors(9, 8, 3, i) for i in range(10)}, "a")]), Weights({"a": 1.0}), "ties"
     )
-    settings = batches.Settings(
+    settings = stacking.Settings(
         plan.rule, plan.space, None, None, torch.float32, torch.device("cpu"), "none"
     )  # fmt: skip
     seen = set()
     for budget in range(1, 40_000, 100):
-        monkeypatch.setattr(batches, "_BUDGET", {"cpu": budget})
-        sizes = [len(range(10)[part]) for part in batches._chunks(plan.groups[0], settings)]
+        monkeypatch.setattr(stacking, "_BUDGET", {"cpu": budget})
+        sizes = [len(range(10)[part]) for part in stacking.chunks(plan.groups[0], settings)]
         assert sum(sizes) == 10 and max(sizes) == math.ceil(10 / len(sizes)) and sizes == sorted(sizes, reverse=True)
         seen.add(tuple(sizes))
     assert {(10,), (5, 5), (4, 4, 2), (1,) * 10} <= seen

@@ -28,7 +28,7 @@ from loralloy.adapter import Adapter
 from loralloy.bank import Bank
 from loralloy.errors import LoralloyError
 from loralloy.factors import LoraFactors
-from loralloy.merging import RULES, batches, merge
+from loralloy.merging import RULES, merge, stacking
 from loralloy.weights import Weights
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -160,7 +160,7 @@ DIFFERENT_HEADS = {"a": {"head": torch.ones(2)}, "b": {"head": torch.zeros(2)}}
 @pytest.mark.parametrize("failure", ["nan", "overflow", "heads", "progress"])
 @pytest.mark.parametrize("rule", ["linear", "svd", "ties"])
 def test_an_error_in_the_middle_leaves_no_trace(rule, failure, overwrite, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "_BUDGET", {"cpu": 1})  # one module a batch: others are written before it fails
+    monkeypatch.setattr(stacking, "_BUDGET", {"cpu": 1})  # one module a batch: others are written before it fails
     target = tmp_path / "out" / "m"
     if overwrite:
         merge(bank(), WEIGHTS, "svd", out=target)
@@ -219,9 +219,9 @@ os.environ["MALLOC_ARENA_MAX"] = "1"
 import torch
 torch.set_num_threads(1)
 from loralloy.bank import Bank
-from loralloy.merging import batches, merge
+from loralloy.merging import stacking, merge
 from loralloy.weights import Weights
-batches._BUDGET = {"cpu": 4 << 20}
+stacking._BUDGET = {"cpu": 4 << 20}
 written, watching = [], [False]
 
 def hook(event, arguments):

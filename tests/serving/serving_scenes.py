@@ -15,8 +15,9 @@ from loralloy.bank import Bank
 from loralloy.live.base import load_base
 from loralloy.merging import merge
 from loralloy.serving.app import create_app
+from loralloy.serving.rows import Event, Row
 from loralloy.serving.sampling import Sampling
-from loralloy.serving.scheduler import Event, Row, Scheduler
+from loralloy.serving.scheduler import Scheduler
 from loralloy.weights import Weights
 
 

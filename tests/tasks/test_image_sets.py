@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from loralloy.errors import LoralloyError
-from loralloy.tasks.images import from_arrays, load_folders, load_images, load_office_home, load_pacs
+from loralloy.tasks.image_set import from_arrays
+from loralloy.tasks.images import load_folders, load_images, load_office_home, load_pacs
 from vision_scenes import CLASSES, image_set, image_tree, pictures
 
 PACS = ("art_painting", "cartoon", "photo", "sketch")

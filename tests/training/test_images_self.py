@@ -11,7 +11,7 @@ import torch
 from loralloy.adapter import Adapter
 from loralloy.errors import LoralloyError
 from loralloy.live.vision import ImageClassifier
-from loralloy.tasks.images import from_arrays
+from loralloy.tasks.image_set import from_arrays
 from loralloy.training.images_self import blanked, train_images_unlabelled
 from vision_scenes import CLASSES, pictures, tiny_dinov2
 

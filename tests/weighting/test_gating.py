@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loralloy.errors import LoralloyError
+from loralloy.weighting.contrasts import depths, projection_of
 from loralloy.weighting.gate_view import by_projection, draw, table
-from loralloy.weighting.gating import BY, KINDS, REFERENCES, STANDARDISE, Gate, depth_slope, depths, projection_of
+from loralloy.weighting.gating import BY, KINDS, REFERENCES, STANDARDISE, Gate, depth_slope
 from loralloy.weighting.probed import Readings
 
 LAYERS, KINDS_OF = 6, ("attn.q", "mlp.up")

@@ -10,6 +10,7 @@ import typer
 from ..errors import LoralloyError
 from . import (
     ask,
+    balance,
     continual,
     demo,
     evaluate,
@@ -42,6 +43,7 @@ for module in (
     merge,
     learn,
     tada,
+    balance,
     rules,
     inspect,
     index,

@@ -189,7 +189,7 @@ def tada(
             on_pass=lambda: bar.advance(balancing) if balancing is not None else None,
         )  # fmt: skip
     if save_weights is not None:
-        outcome.weights.save(save_weights, overwrite)
+        (outcome.own_weights or outcome.weights).save(save_weights, overwrite)
     if plot is not None:
         draw(outcome.weights, outcome.readings.modules, plot, overwrite)
     written = [path for path in (out, save_weights, plot) if path is not None]

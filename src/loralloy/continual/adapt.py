@@ -37,7 +37,7 @@ class Held:
         """The bank in the workshop's model under this merge, with nothing set."""
         from ..live.learnable import Learnable
 
-        if self._live is None or self._live.bank is not bank or self._merge != (merge.rule, merge.space):
+        if self._live is None or self._live.given is not bank or self._merge != (merge.rule, merge.space):
             self.drop()
             self._live = Learnable(self.workshop.model, bank, merge.rule, merge.space, base=self.workshop.base)
             self._merge = merge.rule, merge.space

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -11,17 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel
 
 from ..errors import LoralloyError
 from ..hub import parse_ref
-from ..recipe.document import At, Document, Problem
+from ..recipe.document import At, Document
 from ..recipe.schema import named, or_list, suggest
-from .fields import VERSION, BufferEntry, EvaluateEntry, ExperienceEntry, Fields, ImagesEntry, Strict
+from ..recipe.validation import validated, versioned
+from .fields import VERSION, BufferEntry, EvaluateEntry, ExperienceEntry, Fields, ImagesEntry
 from .strategies import KINDS, Merge, MergeEntry, Strategy, accepts_list, expand, merge_of, title, twice
 
 if TYPE_CHECKING:
     from ..tasks.task import Task
+
+_INNER: dict[str, type[BaseModel]] = {
+    "images": ImagesEntry, "buffer": BufferEntry, "evaluate": EvaluateEntry, "experiences": ExperienceEntry,
+}  # fmt: skip
+_BRANCHES = ("constrained-", "literal[", "tuple[", "float")  # of the unions of a stream's fields
 
 
 @dataclass(frozen=True)
@@ -91,17 +96,8 @@ class DomainStream:
         value that is not allowed, two experiences or strategies of one name, and an order that is not of all experiences.
         """
         path = Path(path).absolute()
-        document = Document.read(path, "stream")
-        if not isinstance(document.data, dict):
-            raise LoralloyError(f"{path}: a stream file is a mapping (`model: ...`), not {named(document.data)}")
-        version = document.data.get("version")
-        if version is None:
-            raise document.wrong((), f"no `version`; add `version: {VERSION}` as its first line")
-        if type(version) is not int or version != VERSION:
-            raise document.wrong(
-                ("version",), f"{version!r} is not known to this loralloy (it reads {VERSION}); upgrade loralloy"
-            )
-        fields: Fields = _validated(Fields, document.data, document, ())
+        document = versioned(path, "stream", "model", VERSION)
+        fields: Fields = validated(Fields, document.data, document, inner=_INNER, branches=_BRANCHES)
         base = path.parent
         experiences = tuple(
             _experience(e, ("experiences", n), base, document) for n, e in enumerate(fields.experiences)
@@ -154,7 +150,9 @@ def _experience(entry: ExperienceEntry, at: At, base: Path, document: Document) 
 
 
 def _merges(entry: Any, at: At, rank: int | str | None, document: Document) -> list[Merge]:
-    checked = _validated(MergeEntry, {"rule": entry} if isinstance(entry, str) else entry, document, at)
+    checked = validated(
+        MergeEntry, {"rule": entry} if isinstance(entry, str) else entry, document, at, branches=_BRANCHES
+    )
     try:
         return merge_of(checked, rank)
     except LoralloyError as error:
@@ -185,7 +183,7 @@ def _strategies(entry: Any, at: At, merges: Sequence[Merge], document: Document)
             data["name"] = title(kind, data)
         elif several:
             data["name"] = " ".join([str(data["name"]), title("", {k: one[k] for k in several})])
-        found.append(_validated(model, data, document, at))
+        found.append(validated(model, data, document, at, branches=_BRANCHES))
     known = {name for merge in merges for name in (merge.name, merge.rule.name, merge.space)}
     for name in found[0].only or () if found else ():
         if name not in known:
@@ -227,40 +225,3 @@ def drawn_orders(names: Sequence[str], count: int) -> tuple[tuple[str, ...], ...
         if tuple(order) not in found:
             found.append(tuple(order))
     return tuple(found)
-
-
-def _validated(model: Any, data: Any, document: Document, at: At) -> Any:
-    try:
-        # through JSON, where a list may be a tuple and 1 is still no text
-        return model.model_validate_json(json.dumps(data, default=str))
-    except ValidationError as error:
-        # a list whose entries are wrong is also told as too short
-        items = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]
-        raise document.error([_problem(model, item, at) for item in items]) from None
-
-
-_INNER: dict[str, type[Strict]] = {
-    "images": ImagesEntry, "buffer": BufferEntry, "evaluate": EvaluateEntry, "experiences": ExperienceEntry,
-}  # fmt: skip
-
-
-_BRANCHES = ("constrained-", "literal[", "tuple[", "float")
-
-
-def _problem(model: type[Strict], item: Any, at: At) -> Problem:
-    # without pydantic's names for the branches of a union
-    where: At = (*at, *(x for x in item["loc"] if not str(x).startswith(_BRANCHES)))
-    if item["type"] == "extra_forbidden":
-        owner = _INNER.get(str(item["loc"][0]), model) if len(item["loc"]) > 1 else model
-        known, name = list(owner.model_fields), str(item["loc"][-1])
-        return Problem(where, f"unknown field{suggest(name, known)}; known here: {', '.join(known)}", key=True)
-    if item["type"] == "missing":
-        return Problem(where[:-1], f"the field `{where[-1]}` is missing")
-    if item["type"] == "value_error":
-        return Problem(where, str(item["ctx"]["error"]))
-    if item["type"] == "literal_error":
-        allowed = [word.strip(" '") for word in item["ctx"]["expected"].replace(" or ", ",").split(",")]
-        return Problem(where, f"{named(item['input'])} is not known; give {or_list(allowed)}")
-    if item["type"] == "string_type":
-        return Problem(where, f"{named(item['input'])} cannot stand here; give text (quote it)")
-    return Problem(where, f"{item['msg'][:1].lower()}{item['msg'][1:]}, not {named(item['input'])}")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..base_ref import BaseRef
 from ..errors import LoralloyError
 from ..live.vision import HEAD_FILE, ImageClassifier, load_backbone
-from ..tasks.images import ImageSet, load_images
+from ..tasks.image_set import ImageSet
+from ..tasks.images import load_images
 from ..training.config import SAVE_DTYPES
 from ..training.data import mix
 from ..training.image_config import ImageTrainConfig, find_targets

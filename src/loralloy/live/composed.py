@@ -23,6 +23,7 @@ from ..weights import Weights
 from .fit import check_base, check_fit, check_saved_modules
 from .gated import Gate, Gated
 from .group import grouped, spread
+from .names import ModelNames
 from .stacked import Stacked, overflow, place, scaled
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class LiveModel:
     Outside `compose` the model is the plain base. `remove()` takes the hooks out again.
 
     Args:
-        model: a transformers model (any module tree whose module names match the adapters').
+        model: a transformers model (any module tree whose module names match the adapters', see :mod:`.names`).
         bank: adapters of that model.
         base: what the loaded model is, where known (see `loralloy.live.base.base_fingerprint`); it is checked against
             the bank's.
@@ -53,19 +54,19 @@ class LiveModel:
         self, model: nn.Module, bank: Bank, base: BaseRef | None = None, assume_same_base: bool = False
     ) -> None:
         if base is not None and not (assume_same_base or bank.assume_same_base):
-            check_base(bank, base)
+            check_base(bank, base, model)
+        names = ModelNames(model)
+        bank = names.bank(bank)
         self.model, self.bank, self.names = model, bank, bank.names
         self.parts: dict[str, Stacked] = {}
         """By module of the base: the stacked factors of all adapters."""
         self._handles: list[Any] = []
-        found = dict(model.named_modules())
+        found = names.modules
         for name in bank.modules:
             factors = bank.factors(name)
             owner = next(iter(factors))
             if name not in found:
-                raise LoralloyError(
-                    f"adapter {owner!r} has module {name!r}, which the model does not; it is not of this base model"
-                )
+                raise names.unknown(bank[owner], name, f"adapter {owner!r}")
             try:
                 check_fit(name, found[name], next(iter(factors.values())))
             except LoralloyError as error:
@@ -102,14 +103,14 @@ class LiveModel:
         rows = [weights] if isinstance(weights, Weights) else list(weights)
         if not rows:
             raise LoralloyError("no weights given; give one composition, or one a row")
-        for row in rows:
+        for i, row in enumerate(rows):
             for name in row.names:
                 if name not in self.names:
                     raise LoralloyError(
                         f"weights name adapter {name!r}, which is not in the bank ({', '.join(self.names)})"
                     )
             if row.per_module:
-                self.bank.check_weights(row)  # a misspelt module would be a weight of 0 that nobody sees
+                rows[i] = self.bank.fit_weights(row)  # a misspelt module would be a weight of 0 that nobody sees
         spread(self._groups, self.names, rows)
 
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..base_ref import BaseRef, compare
+from ..base_ref import BaseRef, Verdict, compare
 from ..errors import LoralloyError
 from ..factors import LoraFactors
 
@@ -15,9 +15,23 @@ if TYPE_CHECKING:
     from ..bank import Bank
 
 
-def check_base(bank: Bank, base: BaseRef) -> None:
-    """Raise LoralloyError unless the loaded model is surely the base of the bank's adapters."""
+def compare_base(bank: Bank, base: BaseRef, model: nn.Module) -> tuple[Verdict, str]:
+    """Whether the loaded model is the base of the bank's adapters, and why.
+
+    A fingerprint is of names too: one that another version of transformers made is looked for under the names of the files.
+    """
     verdict, why = compare(bank.base, base)
+    if verdict == "different" and bank.base.fingerprint and base.fingerprint:
+        from .names import saved_fingerprint
+
+        if saved_fingerprint(model) == bank.base.fingerprint:
+            return "same", "their base tensors have one fingerprint under the names of the model's files"
+    return verdict, why
+
+
+def check_base(bank: Bank, base: BaseRef, model: nn.Module) -> None:
+    """Raise LoralloyError unless the loaded model is surely the base of the bank's adapters."""
+    verdict, why = compare_base(bank, base, model)
     if verdict != "same":
         said = "but the loaded model is" if verdict == "different" else "and it cannot be told whether that is"
         raise LoralloyError(

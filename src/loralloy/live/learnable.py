@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..base_ref import BaseRef, compare
+from ..base_ref import BaseRef
 from ..errors import LoralloyError
 from ..factors import norm
 from ..merging.basis import Basis, State, learnable, make_basis
 from ..merging.together import Together
 from ..weights import Weights
-from .fit import check_fit, check_saved_modules, packed
+from .fit import check_fit, check_saved_modules, compare_base, packed
+from .names import ModelNames
 
 if TYPE_CHECKING:
     from ..bank import Bank
@@ -79,11 +80,12 @@ class Learnable:
         names: the adapters, in the order of a table's columns.
         modules: the modules, in the order of a table's rows.
         present: [modules, n] bool, which adapter has which module.
+        bank, given: the bank by the model's names of modules, and as it came.
 
     Args:
-        model: any module tree whose module names match the adapters'. What torch.compile makes of it does not see a merged
-            weight, so compile nothing before the bank is taken out. A deep copy that is made while coefficients are set has
-            them for good; a state dict is always the base's.
+        model: any module tree whose module names match the adapters' (see :mod:`.names`). What torch.compile makes of it does
+            not see a merged weight, so compile nothing before the bank is taken out. A deep copy that is made while
+            coefficients are set has them for good; a state dict is always the base's.
         bank: adapters of that model.
         rule, space: as for `merge`; what must be learnable (see :func:`loralloy.merging.basis.learnable`).
         base: what the loaded model is, where known; it is checked against the bank's.
@@ -106,17 +108,19 @@ class Learnable:
         on_module: Callable[[str], None] | None = None,
     ) -> None:
         if base is not None and not bank.assume_same_base:
-            verdict, why = compare(bank.base, base)
+            verdict, why = compare_base(bank, base, model)
             if verdict != "same":
                 raise LoralloyError(
                     f"the bank's adapters are of {bank.base}, the loaded model is {base}: {why}; load the model the adapters "
                     "were trained on, or pass --assume-same-base"
                 )
+        self._called, self.given = ModelNames(model), bank
+        bank = self._called.bank(bank)
         self.model, self.bank = model, bank
         self.rule, self.space = learnable(rule, space)
         self.names, self.modules = bank.names, bank.modules
         self.present = torch.tensor([[m in bank[n] for n in self.names] for m in self.modules])
-        found = dict(model.named_modules())
+        found = self._called.modules
         if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in found.values()):
             raise LoralloyError(
                 "the model is compiled, and what is compiled does not see the weights change; give the model before torch.compile"
@@ -147,10 +151,8 @@ class Learnable:
     def _check(self, name: str, module: nn.Module | None) -> None:
         owner = next(n for n in self.names if name in self.bank[n])
         if module is None:
-            raise LoralloyError(
-                f"adapter {owner!r} has module {name!r}, which the model does not; it is not of this base model (or the model is "
-                "wrapped, by PEFT say: give the model inside)"
-            )
+            error = self._called.unknown(self.bank[owner], name, f"adapter {owner!r}")
+            raise LoralloyError(f"{error} (or the model is wrapped, by PEFT say: give the model inside)")
         try:
             check_fit(name, module, self.bank[owner].outline(name))
         except LoralloyError as error:
@@ -208,7 +210,7 @@ class Learnable:
         if name := next((m for m, part in zip(self.modules, self._parts, strict=True) if part.taken), None):
             raise LoralloyError(_taken(name))
         if isinstance(table, Weights):
-            self.bank.check_weights(table)
+            table = self.bank.fit_weights(table)
             rows = [[table.of(n, m) for n in self.names] for m in self.modules]
             table = torch.tensor(rows, dtype=torch.float64).to(self.device, torch.float32)
         n, many = len(self.names), len(self.modules)

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import LoralloyError
 from ..factors import LoraFactors, compute_dtype
 from .fit import check_fit
+from .names import ModelNames
 
 Factors = Mapping[str, LoraFactors]
 
@@ -89,8 +90,8 @@ class MergedRows:
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Factors] = ()) -> None:
-        self.model, self.count = model, 0
-        self._found = dict(model.named_modules())
+        self.model, self.count, self._called = model, 0, ModelNames(model)
+        self._found = self._called.modules
         self._stacks: dict[str, _Stack] = {}
         self._handles: dict[str, Any] = {}
         self._one: int | None = None  # every row has this adapter
@@ -100,14 +101,13 @@ class MergedRows:
 
     def load(self, adapters: Sequence[Factors]) -> None:
         """Take these adapters in place of those before; their positions are what :meth:`rows` counts from 0."""
+        adapters = [self._called.factors(adapter) for adapter in adapters]
         names = list(dict.fromkeys(module for adapter in adapters for module in adapter))
         stacks = {}
         for name in names:
             parts = [adapter.get(name) for adapter in adapters]
             if name not in self._found:
-                raise LoralloyError(
-                    f"an adapter has module {name!r}, which the model does not; it is not of this base model"
-                )
+                raise self._called.unknown(next(a for a in adapters if name in a), name, "an adapter")
             checked: set[tuple[Any, ...]] = set()
             for f in parts:
                 if f is not None and (look := (f.kind, f.shape)) not in checked:

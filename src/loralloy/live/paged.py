@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..bank import fit_names
 from ..base_ref import BaseRef
 from ..errors import LoralloyError
 from ..weights import Weights
 from .fit import check_base, check_fit, check_saved_modules
 from .group import Group, grouped, spread
+from .names import ModelNames
 from .stacked import Stacked, overflow, place, scaled
 
 if TYPE_CHECKING:
@@ -61,9 +63,9 @@ class PagedModel:
         if resident < 1:
             raise LoralloyError(f"resident is {resident}; at least one adapter has to stay loaded")
         if base is not None and not (assume_same_base or bank.assume_same_base):
-            check_base(bank, base)
-        self.model, self.resident = model, resident
-        self._targets = dict(model.named_modules())
+            check_base(bank, base, model)
+        self.model, self.resident, self._called = model, resident, ModelNames(model)
+        self._targets = self._called.modules
         self._adapters: dict[str, Adapter] = {}
         self._kinds: dict[str, str] = {}
         self._ranks: dict[str, int] = {}
@@ -102,11 +104,10 @@ class PagedModel:
         name = adapter.name if name is None else name
         if name in self._adapters:
             raise LoralloyError(f"there is an adapter {name!r} already; remove it first, or give another name")
+        adapter = self._called.adapter(adapter)
         for module in adapter:
             if module not in self._targets:
-                raise LoralloyError(
-                    f"adapter {name!r} has module {module!r}, which the model does not; it is not of this base model"
-                )
+                raise self._called.unknown(adapter, module, f"adapter {name!r}")
             try:
                 check_fit(module, self._targets[module], adapter.outline(module))
             except LoralloyError as error:
@@ -160,6 +161,7 @@ class PagedModel:
             return
         if not rows:
             raise LoralloyError("no weights given; give one composition a row")
+        rows = [fit_names(row, self._adapters) for row in rows]
         for row in rows:
             self._check(row)
         used = _used(rows)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..errors import LoralloyError
 from ..factors import compute_dtype
-from .batches import UNKNOWN, Batch, Fetch, Settings
+from .batches import UNKNOWN, Batch
 from .linear import linear
 from .plan import Group
 from .stack import LowRank
+from .stacking import Fetch, Settings
 
 _BLOCK = 1 << 15  # entries; torch takes more than these to its threads
 

@@ -26,11 +26,11 @@ from ..adapter import Adapter
 from ..bank import Bank
 from ..errors import LoralloyError
 from . import spaces
-from .batches import keys_of
 from .plan import Group, check_rule, make_groups
 from .rule import Rule, Space
 from .select import GlobalLimits, Limits
 from .stack import LowRank, Stack
+from .stacking import keys_of
 from .terms import Roots, Terms, make_terms, wide_of
 
 Kind: TypeAlias = Literal["low_rank_delta", "low_rank_factors", "low_rank_shared", "dense"]

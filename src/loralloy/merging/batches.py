@@ -1,36 +1,27 @@
-"""Batches: same-shaped modules through a rule, cut, cast and measured.
-
-A batch's working set is bounded, so memory does not grow with the number of modules.
-"""
+"""Batches: same-shaped modules (see :mod:`.stacking`) through a rule, cut, cast and measured."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
 from ..errors import LoralloyError
 from ..factors import LoraFactors
 from ..saving import dtype_name
 from . import spaces
 from .cut import Cut, cut, cut_dense, dense_spectrum, spectrum, whole
-from .measure import Measure, ModuleError, measure
+from .measure import ModuleError, measure
 from .plan import Group
-from .rule import Plugin, Rule, Space
 from .select import GlobalLimits, Limits
 from .stack import LowRank, Stack
+from .stacking import Fetch, Settings, chunks, load, prepared
 
 UNKNOWN = ModuleError(*[float("nan")] * 5)
-Fetch = Callable[[int, str], LoraFactors]
-# Bytes of one batch's working set; constants, so that the same input gives the same bytes whatever memory is free.
 _FREED = (32 << 20) - (64 << 10)  # bytes; a block of 32 MiB and more would leave the threshold as it is
-_BUDGET = {"cpu": 48 << 20, "cuda": 12 << 30}
 
 
 @dataclass(frozen=True)
@@ -62,80 +53,6 @@ class Batch:
                     raise LoralloyError(f"module {module!r} of {who}: {side} overflows {what}; {way_out}")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How every batch is made: the parts of a plan that a batch needs."""
-
-    rule: Rule
-    space: Space
-    before: Plugin | None
-    after: Plugin | None
-    dtype: torch.dtype
-    device: torch.device
-    measure: Measure
-
-
-def keys_of(rule: Rule, parents: Sequence[Adapter] | Sequence[str]) -> Callable[[int, str], int]:
-    """A 64-bit key of an adapter's content and a module's name, for rules that draw random masks."""
-    if "seed" not in rule.parameters:
-        return lambda i, module: 0
-
-    def key(i: int, module: str) -> int:
-        parent = parents[i]
-        text = f"{parent if isinstance(parent, str) else parent.content_hash}|{module}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
-
-    return key
-
-
-def _chunks(group: Group, settings: Settings) -> Iterator[slice]:
-    """Slices of a group's modules whose working set fits the budget."""
-    out, inside = group.shape
-    # entry by entry on A and on B, little is held but the entries, those that are kept, and the result
-    by_entry = settings.space == "factors" and settings.rule.acts_on == "entries" and settings.before is None
-    copies = 3 if by_entry else 6
-    entries = (out + inside) * (sum(group.ranks) + group.rank) * copies
-    if settings.space == "delta" and settings.rule.acts_on == "entries" and "delta" not in settings.rule.sums:
-        entries += out * inside * (len(group.who) + 3)
-    most = max(1, _BUDGET.get(settings.device.type, _BUDGET["cpu"]) // (4 * entries))
-    total = len(group.modules)
-    size = math.ceil(total / math.ceil(total / most))  # even: a short last batch costs as many calls as a full one
-    return (slice(at, at + size) for at in range(0, total, size))
-
-
-def _load(group: Group, part: slice, settings: Settings, fetch: Fetch, keys: Callable[[int, str], int]) -> Stack:
-    """The stack of some of a group's modules, in the dtype of the computation; 16 bits are kept until used on a GPU, and where
-    entries are just added."""
-    modules, plain = group.modules[part], group.outlines[0].kind != "conv"
-    a, b = [], []
-    for i in group.who:
-        found = [fetch(i, m) for m in modules]
-        a.append(_stack([f.A if plain else f.a for f in found], settings.device))
-        b.append(_stack([f.B if plain else f.b for f in found], settings.device))
-    rule = settings.rule
-    adds = rule.acts_on == "entries" and not rule.parameters and settings.space not in rule.sums
-    if settings.device.type != "cuda" and not adds:
-        wide = torch.float64 if any(t.dtype == torch.float64 for t in (*a, *b)) else torch.float32
-        a, b = [t.to(wide) for t in a], [t.to(wide) for t in b]
-    wide = torch.float32 if settings.device.type == "mps" else torch.float64
-    scaling, weights = (
-        torch.tensor([row[part] for row in rows], dtype=wide).to(settings.device, non_blocking=True)
-        for rows in (group.scaling, group.weights)
-    )
-    if "seed" in settings.rule.parameters:
-        seeds = torch.tensor([[keys(i, m) for m in modules] for i in group.who], dtype=torch.int64)
-    else:
-        seeds = torch.zeros(len(group.who), len(modules), dtype=torch.int64)
-    return Stack(tuple(a), tuple(b), scaling, weights, seeds.to(settings.device, non_blocking=True))
-
-
-def _stack(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """[L, m, n] of L matrices; by `cat`, which does not first make a view of each, as `stack` does."""
-    if tensors[0].device != device:
-        tensors = [t.to(device, non_blocking=True) for t in tensors]
-    return torch.cat(tensors).view(len(tensors), *tensors[0].shape) if len(tensors) > 1 else tensors[0][None]
-
-
 @functools.cache
 def _keep_freed() -> None:
     """Let glibc keep what one batch frees for the next: fresh pages cost a quarter of an entrywise merge on a CPU.
@@ -155,10 +72,10 @@ def run_batches(
     trims = _counted(groups, settings, fetch, keys) if settings.rule.values.get("trim") == "all" else None
 
     for group in groups:
-        for part in _chunks(group, settings):
+        for part in chunks(group, settings):
             modules = group.modules[part]
             try:
-                yield _merge_batch(group, modules, _load(group, part, settings, fetch, keys), settings, trims)
+                yield _merge_batch(group, modules, load(group, part, settings, fetch, keys), settings, trims)
             except LoralloyError as error:
                 where, cause = f"module {modules[0]!r}", error
                 if len(modules) > 1:  # say which one
@@ -173,7 +90,7 @@ def fits_fp32(settings: Settings, fetch: Fetch, keys: Callable[[int, str], int])
         at = group.modules.index(module)
         wide = replace(settings, dtype=torch.float32, measure="none")
         try:  # trimmed by itself, whatever the scope: its magnitudes are the same
-            again = _merge_batch(group, [module], _load(group, slice(at, at + 1), wide, fetch, keys), wide, None)
+            again = _merge_batch(group, [module], load(group, slice(at, at + 1), wide, fetch, keys), wide, None)
         except LoralloyError:
             return False
         return bool(torch.isfinite(again.range).all())
@@ -193,26 +110,10 @@ def _blame(
     for at in range(part.start, min(part.stop, len(group.modules))):
         one = slice(at, at + 1)
         try:
-            _merge_batch(group, group.modules[one], _load(group, one, settings, fetch, keys), settings, trims)
+            _merge_batch(group, group.modules[one], load(group, one, settings, fetch, keys), settings, trims)
         except LoralloyError as error:
             return f"module {group.modules[at]!r}", error
     return None
-
-
-def _prepared(stack: Stack, settings: Settings) -> Stack:
-    """The stack that the rule sees."""
-    if settings.before is not None:
-        stack = settings.before.function(stack, **settings.before.values)
-    if settings.rule.values.get("prune") == "merged":
-        if settings.space == "factors":
-            seen = spaces.view(stack, "factors")
-            a, b = (piece.combined() for piece in seen.pieces)
-        else:
-            total = stack.weighted_sum()
-            a, b = total.A, total.B
-        ones = torch.ones_like(stack.weights[:1])
-        stack = Stack((a,), (b,), ones, ones, stack.keys[:1])
-    return stack
 
 
 def _rule_result(
@@ -220,7 +121,7 @@ def _rule_result(
 ) -> LowRank | Tensor:
     """What the rule makes of a stack, before any cut."""
     rule, space = settings.rule, settings.space
-    stack = _prepared(original, settings)
+    stack = prepared(original, settings)
     result: LowRank | Tensor
     # where nothing follows, the sum is rounded once, straight to the stored dtype
     raw = rank is None and settings.measure == "none" and settings.before is None and settings.after is None
@@ -289,9 +190,9 @@ def _counted(groups: list[Group], settings: Settings, fetch: Fetch, keys: Callab
     limits = GlobalLimits(adapters, settings.rule.values["density"], settings.device)
     for take in limits.passes():
         for group in groups:
-            for part in _chunks(group, settings):
+            for part in chunks(group, settings):
                 limits.begin(group.modules[part])
-                stack = _prepared(_load(group, part, settings, fetch, keys), settings)
+                stack = prepared(load(group, part, settings, fetch, keys), settings)
                 for piece in spaces.view(stack, settings.space).pieces:
                     for t in range(stack.adapters):
                         for x in piece.blocks(t)():
@@ -320,10 +221,10 @@ def by_energy(
     trims = _counted(groups, settings, fetch, keys) if settings.rule.values.get("trim") == "all" else None
     held = torch.zeros(1, dtype=torch.float64)
     for group in groups:
-        for part in _chunks(group, settings):
+        for part in chunks(group, settings):
             keepers = _keepers(trims, group, group.modules[part], settings)
             try:
-                result = _rule_result(_load(group, part, settings, fetch, keys), settings, None, keepers)
+                result = _rule_result(load(group, part, settings, fetch, keys), settings, None, keepers)
                 values = (spectrum(result) if isinstance(result, LowRank) else dense_spectrum(result)).sum(0).cpu()
             except LoralloyError as error:
                 raise error.within(f"modules like {group.modules[part][0]!r}") from None

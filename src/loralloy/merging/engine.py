@@ -21,11 +21,12 @@ from ..tensor_file import metadata_room
 from ..weights import Weights
 from .added import added, adds
 from .assemble import extra_tensors, merged_config, record
-from .batches import Batch, Settings, by_energy, fits_fp32, keys_of, run_batches, unstack
+from .batches import Batch, by_energy, fits_fp32, run_batches, unstack
 from .linear import linear
 from .measure import Measure, MergeReport, ModuleError
 from .plan import Plan, Rank, check_plugin, check_rank, check_rule, make_groups, make_plan
 from .rule import Plugin, Rule, Space
+from .stacking import Settings, keys_of
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ def make_plan(
     if measure not in MEASURES:
         raise LoralloyError(f"measure {measure!r} is not known; choose {', '.join(MEASURES)}")
     where = _device(device)
-    bank.check_weights(weights)
+    weights = bank.fit_weights(weights)
     parents = [bank[n] for n in weights.names]
     if (
         space != "factors" or space in chosen.sums

@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from ..errors import LoralloyError
 from ..weights import Weights
 from .memory import give_back, keep_steady
+from .rows import Event, Row
 from .sampling import Sampling
-from .scheduler import Event, Row, Scheduler
+from .scheduler import Scheduler
 
 GIVE_BACK = 5.0  # seconds between two looks for memory to give back
 

@@ -12,8 +12,8 @@ from typing import Any
 from ..errors import LoralloyError
 from .engine import Stopping
 from .guard import error_body
+from .rows import Event
 from .sampling import Choice
-from .scheduler import Event
 from .schemas import ChatRequest, CompletionRequest, Usage
 from .service import Job, Service
 

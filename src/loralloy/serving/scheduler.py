@@ -9,68 +9,20 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import LoralloyError
 from ..live.scoring import pad_id, pad_rows
-from ..weights import Weights
 from .cache import RowCache, check_cache
-from .sampling import Choice, Sampling, TextBuffer, choose
+from .rows import Event, Row
+from .sampling import Choice, TextBuffer, choose
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..live.paged import PagedModel
-
-Reason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a row reports: text that can be shown now, the token behind it, and at the end why it ended.
-
-    `error` ends it too: "timeout", or what went wrong.
-    """
-
-    text: str = ""
-    choice: Choice | None = None
-    finish: Reason | None = None
-    error: str | None = None
-
-    @property
-    def last(self) -> bool:
-        return self.finish is not None or self.error is not None
-
-
-@dataclass(eq=False)
-class Row:
-    """One sequence: its prompt's ids, its composition in the live bank, and where its events go (called while stepping)."""
-
-    prompt: list[int]
-    weights: Weights
-    sampling: Sampling
-    emit: Callable[[Event], None]
-    deadline: float = float("inf")
-    cancelled: bool = False
-    written: int = 0
-    last: int = -1
-    done: bool = False
-    text: TextBuffer | None = None
-    source: random.Random = field(default_factory=random.Random)
-
-    def tell(self, event: Event) -> None:
-        """Report, unless the end has been reported."""
-        if not self.done:
-            self.done = event.last
-            self.emit(event)
-
-    @property
-    def length(self) -> int:
-        """The columns it may come to use."""
-        return len(self.prompt) + self.sampling.max_tokens
 
 
 class Scheduler:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -14,20 +13,19 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..adapter import Adapter
 from ..atomic import check_free
-from ..console import console, progress
 from ..errors import LoralloyError
 from ..stats import wilson
 from . import output as output_files
 from .data import mix
 from .image_config import ImageTrainConfig, find_targets
+from .image_steps import image_steps, step_rows, step_views
 from .lock import locked
-from .loop import LOG_EVERY
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..live.vision import ImageClassifier
-    from ..tasks.images import ImageSet
+    from ..tasks.image_set import ImageSet
 
 HEAD_MODES = ("frozen", "train")
 
@@ -176,8 +174,6 @@ def _fit(
     import torch
     from torch.nn.functional import cross_entropy
 
-    from ..live.vision import affines
-
     device = classifier.device
     numbers = [one.rows("train")[: config.limit] for one in sets]
     for one, own in zip(sets, numbers, strict=True):
@@ -186,62 +182,17 @@ def _fit(
     images = torch.cat([one.load(own) for one, own in zip(sets, numbers, strict=True)]).to(device)
     labels = torch.cat([one.labels[own] for one, own in zip(sets, numbers, strict=True)]).to(device)
     order = step_rows(len(images), config, seed).to(device)
-    moves = None
-    if config.augment:
-        drawn = affines(config.steps * config.batch_size, mix(seed, 1))
-        moves = drawn.reshape(config.steps, config.batch_size, 2, 3).to(device)
+    moves = step_views(config, seed, device)
     trainable = [p for p in model.parameters() if p.requires_grad] + [p for p in linear.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
-    )
-    losses = torch.zeros(config.steps, device=device)
     title = "+".join(one.name for one in sets)
-    devices = [device] if device.type == "cuda" else []
-    model.train(config.dropout > 0)  # the backbone has no other dropout that training wants
-    began = time.perf_counter()
-    with torch.random.fork_rng(devices=devices), progress() as bar:
-        torch.manual_seed(mix(seed, 2))
-        task = bar.add_task(title, total=config.steps)
-        for step in range(config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * rate_at(step, config.steps)
-            rows = order[step]
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                features = classifier.features(images[rows], None if moves is None else moves[step])
-            loss = cross_entropy(classifier.logits(features), labels[rows])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses[step] = loss.detach()
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == config.steps:
-                bar.update(task, completed=step + 1)
-    values = losses.tolist()  # the one wait for the device
-    seconds = time.perf_counter() - began
-    model.eval()
-    if bad := [n for n, value in enumerate(values, 1) if not math.isfinite(value)]:
-        raise LoralloyError(f"{title}: the loss is {values[bad[0] - 1]} at step {bad[0]}; lower lr")
-    console.print(f"{title}: {config.steps} steps in {seconds:.1f} s, loss {values[-1]:.3f}", soft_wrap=True)
-    rates = [config.lr * rate_at(step, config.steps) for step in range(config.steps)]
-    log = [{"step": n, "loss": v, "lr": r} for n, (v, r) in enumerate(zip(values, rates, strict=True), 1)]
-    return log, seconds, len(images)
 
+    def loss(step: int) -> Tensor:
+        rows = order[step]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            features = classifier.features(images[rows], None if moves is None else moves[step])
+        return cross_entropy(classifier.logits(features), labels[rows])
 
-def step_rows(n: int, config: ImageTrainConfig, seed: int) -> Any:
-    """[steps, batch] row numbers: one shuffled epoch after another, cut into batches."""
-    import torch
-
-    wanted = config.steps * config.batch_size
-    generator = torch.Generator().manual_seed(mix(seed, 3))
-    epochs = [torch.randperm(n, generator=generator) for _ in range(math.ceil(wanted / n))]
-    return torch.cat(epochs)[:wanted].reshape(config.steps, config.batch_size)
-
-
-def rate_at(step: int, steps: int) -> float:
-    """A linear rise over 5 % of the steps, then a cosine down to 0."""
-    warm = max(1, round(0.05 * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return *image_steps(model, trainable, config, seed, title, loss, device), len(images)
 
 
 def _accuracy(classifier: ImageClassifier, data: ImageSet) -> dict[str, Any]:

@@ -10,8 +10,6 @@ is read. The objective is this project's own choice, after masked image modellin
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,20 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..atomic import check_free
-from ..console import console, progress
 from ..errors import LoralloyError
 from . import output as output_files
 from .data import mix
 from .image_config import ImageTrainConfig
-from .images import rate_at, step_rows, wrapped
+from .image_steps import image_steps, step_rows, step_views
+from .images import wrapped
 from .lock import locked
-from .loop import LOG_EVERY
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..live.vision import ImageClassifier
-    from ..tasks.images import ImageSet
+    from ..tasks.image_set import ImageSet
 
 MASKED = 0.5
 """Share of an image's patches that are blanked."""
@@ -123,8 +120,6 @@ def _fit(
     import torch
     from torch.nn import functional as F
 
-    from ..live.vision import affines
-
     device, backbone = classifier.device, classifier.backbone
     patch = int(backbone.config.patch_size)  # type: ignore[arg-type,union-attr]
     side = classifier.size // patch
@@ -134,14 +129,8 @@ def _fit(
     steps, size = config.steps, config.batch_size
     order = step_rows(len(images), config, seed).to(device)
     masks = blanked(steps * size, side * side, share, mix(seed, 4)).reshape(steps, size, side * side).to(device)
-    moves = None
-    if config.augment:
-        moves = affines(steps * size, mix(seed, 1)).reshape(steps, size, 2, 3).to(device)
+    moves = step_views(config, seed, device)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
-    )
-    losses = torch.zeros(steps, device=device)
 
     def tokens(pixels: Tensor) -> Tensor:
         """[n, 1 + patches, d], each token normalised."""
@@ -149,40 +138,18 @@ def _fit(
         kept = torch.cat([hidden[:, :1], hidden[:, classifier.skipped :]], 1).float()
         return F.layer_norm(kept, kept.shape[-1:])
 
-    devices = [device] if device.type == "cuda" else []
-    model.train(config.dropout > 0)  # the backbone has no other dropout that training wants
-    began = time.perf_counter()
-    with torch.random.fork_rng(devices=devices), progress() as bar:
-        torch.manual_seed(mix(seed, 2))
-        task = bar.add_task(title, total=steps)
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * rate_at(step, steps)
-            whole = classifier.pixels(images[order[step]], None if moves is None else moves[step])
-            hidden = masks[step].view(size, 1, side, side)
-            seen = whole.masked_fill(
-                F.interpolate(hidden.float(), scale_factor=patch).bool(), 0.0
-            )  # 0: the mean colour
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                with torch.no_grad(), model.disable_adapter():
-                    wanted = tokens(whole)
-                found = tokens(seen)
-            judged = F.pad(masks[step], (1, 0), value=True)
-            loss = F.smooth_l1_loss(found, wanted, reduction="none").mean(-1)[judged].mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses[step] = loss.detach()
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-                bar.update(task, completed=step + 1)
-    values = losses.tolist()  # the one wait for the device
-    seconds = time.perf_counter() - began
-    model.eval()
-    if bad := [n for n, value in enumerate(values, 1) if not math.isfinite(value)]:
-        raise LoralloyError(f"{title}: the loss is {values[bad[0] - 1]} at step {bad[0]}; lower lr")
-    console.print(f"{title}, no labels: {steps} steps in {seconds:.1f} s, loss {values[-1]:.3f}", soft_wrap=True)
-    rates = [config.lr * rate_at(step, steps) for step in range(steps)]
-    return [{"step": n, "loss": v, "lr": r} for n, (v, r) in enumerate(zip(values, rates, strict=True), 1)], seconds
+    def loss(step: int) -> Tensor:
+        whole = classifier.pixels(images[order[step]], None if moves is None else moves[step])
+        hidden = masks[step].view(size, 1, side, side)
+        seen = whole.masked_fill(F.interpolate(hidden.float(), scale_factor=patch).bool(), 0.0)  # 0: the mean colour
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.no_grad(), model.disable_adapter():
+                wanted = tokens(whole)
+            found = tokens(seen)
+        judged = F.pad(masks[step], (1, 0), value=True)
+        return F.smooth_l1_loss(found, wanted, reduction="none").mean(-1)[judged].mean()
+
+    return image_steps(model, trainable, config, seed, title, loss, device, ", no labels")
 
 
 def _card(name: str, base: dict[str, Any], training: dict[str, Any], data: ImageSet) -> str:

@@ -15,12 +15,13 @@ from ..console import console
 from ..errors import LoralloyError
 from . import checkpoint
 from . import output as output_files
+from .attach import attach
 from .card import mixture_card, model_card
 from .config import RunOptions, TrainConfig, flags
 from .data import fingerprint
 from .evaluate import evaluate_adapter
 from .lock import locked
-from .loop import attach, fit, total_steps
+from .loop import fit, total_steps
 from .mixture import Mixture
 
 if TYPE_CHECKING:

@@ -108,10 +108,12 @@ def balance(
     that begin alike, and where no step moves them.
     """
     from ..live.merged_rows import MergedRows
+    from ..live.names import ModelNames
 
     if passes < 2:
         raise LoralloyError(f"{passes} passes: the first only looks; give 2 or more")
     check_saved(model, adapter)
+    adapter = ModelNames(model).adapter(adapter)
     names = hosts(model, adapter, directions.shape[1], module)
     directions = directions.detach().cpu().double()
     _check_apart(directions)

@@ -18,6 +18,7 @@ from ..live import LiveModel
 from ..live.fit import packed
 from ..live.learnable import Learnable
 from ..live.merged_rows import MergedRows
+from ..live.names import named_for
 from ..merging import Rule, merge
 from ..merging.basis import learnable
 from ..merging.plan import Rank, check_rank, check_rule
@@ -55,6 +56,7 @@ class Candidates:
         base: BaseRef | None = None,
         learnable: Learnable | None = None,
     ) -> None:
+        given, bank = bank, named_for(model, bank)
         self.model, self.bank, self.names = model, bank, bank.names
         self.rule, self.space = check_rule(rule, space)  # type: ignore[arg-type]
         self.rank = check_rank(rank)
@@ -67,7 +69,7 @@ class Candidates:
             LiveModel(model, bank, base).remove()  # looks whether bank and model fit
             self._rows = MergedRows(model)
         elif self.live is None:
-            self.live = Learnable(model, bank, self.rule, self.space, base=base)
+            self.live = Learnable(model, given, self.rule, self.space, base=base)
 
     @property
     def merges(self) -> bool:
@@ -78,7 +80,7 @@ class Candidates:
     def at(self, weights: Weights | None) -> Iterator[nn.Module]:
         """The model under these weights inside the block, without gradients; None is the plain base."""
         if weights is not None:
-            self.bank.check_weights(weights)
+            weights = self.bank.fit_weights(weights)
         with torch.no_grad():
             if self.live is not None:
                 with self.live.at(weights):

@@ -11,7 +11,7 @@ from ..atomic import atomic_file, check_free
 from ..errors import LoralloyError
 from ..layerwise import layer_of
 from ..weights import Weights
-from .gating import projection_of
+from .contrasts import projection_of
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,7 +16,6 @@ public in its abstract only, which asks for weights by layer and projection that
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -24,8 +23,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from ..errors import LoralloyError
-from ..layerwise import layer_of
 from ..weights import Weights
+from .contrasts import contrasted, depths, pooled, shuffle, smoothed, standardised
 from .probed import Readings, Signal
 
 Kind: TypeAlias = Literal["probe", "norm", "uniform", "ramp", "falling", "shuffled"]
@@ -58,12 +57,6 @@ FORMS = {
     "anchor": "the first adapter keeps its weight, the others are gated",
 }
 _RAMP = float(np.log(0.7 / 0.3))  # log odds of the two ends
-_LAYER = re.compile(r"(^|\.)\d+(?=\.|$)")
-
-
-def projection_of(module: str) -> str:
-    """The module's name without its layer: ``model.layers.*.mlp.up_proj``."""
-    return _LAYER.sub(r"\1*", module, count=1)
 
 
 @dataclass(frozen=True)
@@ -143,7 +136,7 @@ class Gate:
         raised = np.exp((contrast - np.nanmax(contrast, 1, keepdims=True)) / self.temperature)
         shares = raised / np.nansum(raised, 1, keepdims=True)
         if self.kind == "shuffled":
-            _shuffle(shares, self.seed)
+            shuffle(shares, self.seed)
         return shares
 
     def contrast(self, readings: Readings, general: Readings | None = None) -> np.ndarray:
@@ -157,12 +150,10 @@ class Gate:
         found = np.where(there, 0.0, np.nan)
         if not shared.any():
             return found
-        found[shared] = _standardised(_contrast(logs[shared]), self.standardise)
-        found[shared] = _pooled(found[shared], [m for m, s in zip(modules, shared, strict=True) if s], self.by)
+        found[shared] = standardised(contrasted(logs[shared]), self.standardise)
+        found[shared] = pooled(found[shared], [m for m, s in zip(modules, shared, strict=True) if s], self.by)
         if self.smooth > 0 and self.by in ("module", "layer"):
-            found[shared] = _smoothed(
-                found[shared], [m for m, s in zip(modules, shared, strict=True) if s], self.smooth
-            )
+            found[shared] = smoothed(found[shared], [m for m, s in zip(modules, shared, strict=True) if s], self.smooth)
         return found
 
     def signal(
@@ -199,68 +190,6 @@ class Gate:
         sign = np.ones(there.shape[1])
         sign[0] = -1
         return np.nan_to_num(rise) * sign
-
-
-def depths(modules: Sequence[str]) -> np.ndarray:
-    """Where a module's layer lies between the first and the last, 0 to 1; NaN for a module without a layer."""
-    layers = [layer_of(m) for m in modules]
-    found = [layer for layer in layers if layer is not None]
-    low, high = min(found, default=0), max(found, default=0)
-    return np.array([np.nan if layer is None else (layer - low) / max(1, high - low) for layer in layers])
-
-
-def _contrast(logs: np.ndarray) -> np.ndarray:
-    return logs - np.nanmean(logs, -1, keepdims=True)
-
-
-def _standardised(contrast: np.ndarray, how: str) -> np.ndarray:
-    """Step 2. The spread is that of the differences between adapters: for two, of log(q_D / q_T)."""
-    if how == "none":
-        return contrast
-    centred = contrast - np.nanmean(contrast, 0, keepdims=True)
-    centred = centred - np.nanmean(centred, 1, keepdims=True)
-    if how == "centre":
-        return centred
-    pairs = [centred[:, i] - centred[:, j] for i in range(centred.shape[1]) for j in range(i)]
-    spread = np.sqrt(np.nanmean(np.square(pairs)))
-    return centred / spread if spread > 1e-9 else np.zeros_like(centred)
-
-
-def _pooled(x: np.ndarray, modules: Sequence[str], by: str) -> np.ndarray:
-    """Means over the modules that share a gate."""
-    if by == "module":
-        return x
-    keys = [layer_of(m) if by == "layer" else projection_of(m) if by == "projection" else "" for m in modules]
-    out = x.copy()
-    for key in dict.fromkeys(keys):
-        rows = [k for k, other in enumerate(keys) if other == key]
-        out[rows] = np.where(np.isnan(x[rows]), np.nan, np.nanmean(x[rows], 0))
-    return out
-
-
-def _smoothed(x: np.ndarray, modules: Sequence[str], width: float) -> np.ndarray:
-    """A Gaussian mean over the layers of each projection; modules without a layer stay."""
-    out = x.copy()
-    kinds = [projection_of(m) for m in modules]
-    layers = [layer_of(m) for m in modules]
-    for kind in dict.fromkeys(kinds):
-        rows = [k for k, other in enumerate(kinds) if other == kind and layers[k] is not None]
-        at = np.array([layers[k] for k in rows], dtype=float)
-        near = np.exp(-0.5 * ((at[:, None] - at[None]) / width) ** 2)
-        part = x[rows]
-        there = ~np.isnan(part)
-        total = near @ np.where(there, part, 0.0)
-        out[rows] = np.where(there, total / np.maximum(near @ there, 1e-300), np.nan)
-    return out
-
-
-def _shuffle(shares: np.ndarray, seed: int) -> None:
-    """Rows are dealt anew, among modules that the same adapters have; in place."""
-    rng = np.random.default_rng(seed)
-    kinds = [tuple(row) for row in np.isnan(shares)]
-    for kind in dict.fromkeys(kinds):
-        rows = np.array([k for k, other in enumerate(kinds) if other == kind])
-        shares[rows] = shares[rng.permutation(rows)]
 
 
 @dataclass(frozen=True)

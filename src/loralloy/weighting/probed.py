@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..errors import LoralloyError
 from ..factors import LoraFactors, widest
 from ..live.fit import check_fit
+from ..live.names import ModelNames
 from ..merging.cholesky import gram_root
 from ..merging.subspace import Span, span
 from .common import Common, Sketch
@@ -206,7 +207,8 @@ def probe(
     """Run the base once over the calibration inputs and read how each adapter would answer, module by module.
 
     Args:
-        model: the plain base, in any transformers architecture (any module tree whose names match the adapters').
+        model: the plain base, in any transformers architecture (any module tree whose names match the adapters'). The readings'
+            modules are called as the model calls them (see :func:`loralloy.live.names.named_for`).
         bank: the adapters.
         batches: the model's arguments for each batch, as it takes them by keyword: ``input_ids`` and ``attention_mask``
             (see :func:`text_batches`), or ``pixel_values``. Tokens that the mask leaves out are not counted.
@@ -219,16 +221,16 @@ def probe(
     Raises LoralloyError for a module that the model does not have or that has another shape, for no input, and where the model
     ran none of the modules.
     """
-    found, names = dict(model.named_modules()), bank.names
+    called = ModelNames(model)
+    bank = called.bank(bank)
+    found, names = called.modules, bank.names
     probes: dict[str, _Probe] = {}
     left_out: dict[str, str] = {}
     for name in bank.modules:
         factors = bank.factors(name)
         owner = next(iter(factors))
         if name not in found:
-            raise LoralloyError(
-                f"adapter {owner!r} has module {name!r}, which the model does not; it is not of this base model"
-            )
+            raise called.unknown(bank[owner], name, f"adapter {owner!r}")
         try:
             check_fit(name, found[name], factors[owner])
         except LoralloyError as error:

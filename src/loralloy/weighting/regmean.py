@@ -28,6 +28,7 @@ from ..errors import LoralloyError
 from ..factors import LoraFactors, widest
 from ..layerwise import GRANULARITIES, group_of
 from ..live import LiveModel
+from ..live.names import named_for
 from ..live.scoring import encode_prompt
 from ..merging import RULES, Rule
 from ..merging.plan import check_rule
@@ -126,6 +127,7 @@ def regmean(
     check_options(granularity, ridge, under)
     check_domains(list(inputs), bank)
     began = time.perf_counter()
+    bank = named_for(model, bank)
     quadratics, counts = collect(model, bank, inputs, under, base, progress)
     groups: dict[str, Quadratic] = {}
     for module, q in quadratics.items():
@@ -147,7 +149,7 @@ def regmean(
             table[name] = float(alphas[""][i])
         else:
             table[name] = {m: float(alphas[group_of(m, granularity)][i]) for m in bank[name]}
-    weights = Weights(table, "regmean", {"settings": settings})
+    weights = bank.own_weights(Weights(table, "regmean", {"settings": settings}))
     entry = {"step": 0, "loss": error, "held_out": None, "alpha": dict(weights.items())}
     return Learned(weights, [entry], settings, time.perf_counter() - began, 1.0)
 

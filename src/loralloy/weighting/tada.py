@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..base_ref import BaseRef, compare
+from ..base_ref import BaseRef
 from ..errors import LoralloyError
+from ..live.fit import compare_base
+from ..live.names import named_for
 from ..merging import Merged, Plan, Rule
 from ..merging.tada import RULE, Found, watched
 from ..recipe import Recipe
@@ -45,7 +47,8 @@ class Outcome:
 
     Attributes:
         merged: the adapter and its errors against the exact gated sum.
-        weights: the gates.
+        weights: the gates, by the model's names of modules.
+        own_weights: the same by the names in the adapters' files.
         readings, general: what the probe saw of the domain's inputs and of the general ones.
         depth: for every adapter but the first, how its log odds against the first change with depth (no interval where the
             gate reads no probe).
@@ -68,6 +71,7 @@ class Outcome:
     balanced: Balanced | None = None
     freed: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    own_weights: Weights | None = None
 
 
 def compose(
@@ -149,10 +153,11 @@ def compose(
     if out is not None:
         check_out(Path(out).absolute(), overwrite)
     bank = _recipe(adapters, None, {"assume_same_base": assume_same_base}).prepare().bank
-    _check_base(bank, base)
+    _check_base(bank, base, model)
+    bank = named_for(model, bank)
     if directions is not None:  # what the balance would refuse after all the work
         check_hosts(model, list(bank.values()), directions.shape[1], rank)
-    clock = time.perf_counter
+    named, clock = bank, time.perf_counter
     start = clock()
     readings = probe(model, bank, calibration, moments=on_activations, common=common, progress=on_inputs)
     reference = probe(model, bank, general, progress=on_inputs) if gate.needs_general and general is not None else None
@@ -185,14 +190,13 @@ def compose(
         "assume_same_base": assume_same_base, "rule": {"name": rule.name, **rule.values}, "rank": rank, "dtype": dtype,
         "device": str(device),
     }  # fmt: skip
-    job = _recipe(adapters, weights, settings).prepare()
+    own = named.own_weights(weights)  # what a recipe means, which knows no model
+    job = _recipe(adapters, own, settings).prepare()
     seen: list[Found] = []
-    job = replace(job, given=weights, weights=weights)
+    job = replace(job, given=weights, weights=weights, bank=bank)
     if rule.name == RULE.name:
         moments = in_order(job.plan(), readings) if on_activations else None
         job = replace(job, rule=watched(job.rule, seen, moments))
-    if common:
-        job = replace(job, bank=bank)
     alone = not common and directions is None  # what a recipe can repeat
     merged = job.merge(out if alone else None, overwrite, on_module)
     made = clock()
@@ -230,7 +234,9 @@ def compose(
             "no recipe.yaml is written: common directions and balanced answers are only to be had from the model"
         )
     found = conflicts_of(job, seen)
-    return Outcome(merged, weights, readings, reference, depth, found, seconds, level, balanced, lost, tuple(notes))
+    return Outcome(
+        merged, weights, readings, reference, depth, found, seconds, level, balanced, lost, tuple(notes), own
+    )
 
 
 def _told(
@@ -289,10 +295,10 @@ def _recipe(adapters: Sequence[str | os.PathLike[str]], weights: Weights | None,
     return Recipe.from_dict({"version": 1, "adapters": entries, **fields})
 
 
-def _check_base(bank: Bank, base: BaseRef | None) -> None:
+def _check_base(bank: Bank, base: BaseRef | None, model: nn.Module) -> None:
     if base is None or bank.assume_same_base:
         return
-    verdict, why = compare(bank.base, base)
+    verdict, why = compare_base(bank, base, model)
     if verdict != "same":
         said = "but the loaded model is" if verdict == "different" else "and it cannot be told whether that is"
         raise LoralloyError(

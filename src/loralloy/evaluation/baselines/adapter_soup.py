@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Field
 
 from ...errors import LoralloyError
-from ...merging import Linear
-from ..suite.merges import How
-from ..suite.method import Method, Row
-from .fusion import average
+from ..suite.method import Row
+from .fusion import Averaged
 
 if TYPE_CHECKING:
     from ...tasks import Example
     from ..suite.run import Run
 
 
-class AdapterSoup(Method):
+class AdapterSoup(Averaged):
     """The uniform parameter average of the top k adapters, chosen once for a whole test domain (Chronopoulou et al.,
     "AdapterSoup", Findings of EACL 2023, section 2.3: sentence similarity of 100 sentences of the new domain).
 
@@ -36,28 +33,8 @@ class AdapterSoup(Method):
     samples: Annotated[int, Field(ge=1)] = 100
 
     @property
-    def space(self) -> str:
-        return "factors"
-
-    @property
-    def rule(self) -> str:
-        return "parameter average"
-
-    @property
-    def rank(self) -> str:
-        return "max"
-
-    @property
     def validation_queries(self) -> int:
         return self.samples
-
-    @property
-    def cost(self) -> float:
-        return 6.0
-
-    @cached_property
-    def how(self) -> How:
-        return How(Linear, "factors", None)
 
     def answer(self, run: Run, examples: Sequence[Example]) -> list[Row]:
         soups: dict[str, list[str]] = {}
@@ -72,4 +49,4 @@ class AdapterSoup(Method):
                 mean = run.vectors(rows).mean(0)
                 mean = mean / max(float(np.linalg.norm(mean)), 1e-12)
                 soups[example.task] = run.nearest_tasks([example], self.k, mean[None])[0]
-        return average(run, examples, [soups[e.task] for e in examples], self.how)
+        return self.average(run, examples, [soups[e.task] for e in examples])

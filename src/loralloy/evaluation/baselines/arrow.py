@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ..suite.method import Method, Row
+from ..suite.method import LiveMethod, Row
 from .gates import answer_under
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..suite.run import Run
 
 
-class ArrowRouting(Method):
+class ArrowRouting(LiveMethod):
     """Arrow (Ostapenko et al. 2024), see :class:`loralloy.live.gates.Arrow`; defaults are PEFT's.
 
     It reads the prompt, which holds the task's hint whatever the suite's query is, so it depends on no query and no seed.
@@ -30,16 +30,8 @@ class ArrowRouting(Method):
     temperature: Annotated[float, Field(gt=0)] = 1.0
 
     @property
-    def space(self) -> str:
-        return "delta"
-
-    @property
     def rule(self) -> str:
         return "gate by token"
-
-    @property
-    def rank(self) -> str:
-        return "live"
 
     @property
     def cost(self) -> float:

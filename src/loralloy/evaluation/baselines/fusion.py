@@ -17,17 +17,11 @@ if TYPE_CHECKING:
     from ..suite.run import Run
 
 
-class Fusion(Method):
-    """A' = 1/k sum_p A_p, B' = 1/k sum_p B_p, y = W0 x + s B' A' x (Zhao et al., arXiv 2402.09997, section 3.3).
+class Averaged(Method):
+    """The parameters of some adapters averaged, A and B apart: PEFT's `linear` in factors space with weight 1/k^2 each.
 
-    PEFT's `linear` (factors space) with weight 1/k^2 each: it puts the root of a weight on A and on B. B' A' has the cross
-    terms B_p A_q, so it is not the mean of the adapters. Retrieved as in Selection. Adapters of one rank and scaling only.
+    It puts the root of a weight on A and on B. Adapters of one rank and scaling only.
     """
-
-    kind = "fusion"
-    source = "LoraRetriever (arXiv 2402.09997)"
-
-    k: Annotated[int, Field(ge=1)] = 3
 
     @property
     def space(self) -> str:
@@ -49,15 +43,26 @@ class Fusion(Method):
     def how(self) -> How:
         return How(Linear, "factors", None)
 
+    def average(self, run: Run, examples: Sequence[Example], names: Sequence[Sequence[str]]) -> list[Row]:
+        """Answers under the average of each example's adapters; the rows note 1/k, what each adapter counts."""
+        rows = run.merged(examples, [dict.fromkeys(chosen, 1 / len(chosen) ** 2) for chosen in names], self.how)
+        return [
+            row._replace(weights=dict.fromkeys(chosen, 1 / len(chosen)))
+            for row, chosen in zip(rows, names, strict=True)
+        ]  # fmt: skip
+
+
+class Fusion(Averaged):
+    """A' = 1/k sum_p A_p, B' = 1/k sum_p B_p, y = W0 x + s B' A' x (Zhao et al., arXiv 2402.09997, section 3.3).
+
+    B' A' has the cross terms B_p A_q, so it is not the mean of the adapters. Retrieved as in Selection.
+    """
+
+    kind = "fusion"
+    source = "LoraRetriever (arXiv 2402.09997)"
+
+    k: Annotated[int, Field(ge=1)] = 3
+
     def answer(self, run: Run, examples: Sequence[Example]) -> list[Row]:
         nearest = run.nearest_tasks(examples, self.k)
-        return average(run, examples, nearest, self.how)
-
-
-def average(run: Run, examples: Sequence[Example], names: Sequence[Sequence[str]], how: How) -> list[Row]:
-    """Answers under the parameter average of each example's adapters; the rows note 1/k, what each adapter counts."""
-    rows = run.merged(examples, [dict.fromkeys(chosen, 1 / len(chosen) ** 2) for chosen in names], how)
-    return [
-        row._replace(weights=dict.fromkeys(chosen, 1 / len(chosen)))
-        for row, chosen in zip(rows, names, strict=True)
-    ]  # fmt: skip
+        return self.average(run, examples, nearest)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from ..suite.locks import lock
-from ..suite.method import Method, Row
+from ..suite.method import LiveMethod, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ def answer_under(run: Run, examples: Sequence[Example], gate: Gate) -> list[Row]
     return run.predict([e.prompt for e in examples], [e.options for e in examples], gated.rows)
 
 
-class TrainedRouter(Method):
+class TrainedRouter(LiveMethod):
     """A linear router a layer, trained on training rows of all tasks with base and adapters frozen (training/gate.py).
 
     It reads the prompt, which holds the task's hint whatever the suite's query is, so it depends on no query. It is trained
@@ -56,10 +56,6 @@ class TrainedRouter(Method):
     train_batch: Annotated[int, Field(ge=1)] = 32
     lr: Annotated[float, Field(gt=0)] = 3e-3
     max_length: Annotated[int, Field(ge=8)] = 512
-
-    @property
-    def rank(self) -> str:
-        return "live"
 
     @property
     def cost(self) -> float:

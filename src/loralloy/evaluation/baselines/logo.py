@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from ..suite.method import Method, Row
+from ..suite.method import LiveMethod, Row
 from .gates import allowed_table
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..suite.run import Run
 
 
-class LogoRouting(Method):
+class LogoRouting(LiveMethod):
     """LoGo (arXiv 2511.07129), see :class:`loralloy.live.gates.Logo`; defaults are its released code's.
 
     It reads the prompt, which holds the task's hint whatever the suite's query is, so it depends on no query and no seed. A
@@ -32,18 +32,6 @@ class LogoRouting(Method):
     signal: Literal["norm", "entropy"] = "norm"
     attached: Literal["sum", "mean", "none"] = "sum"
     input: Literal["residual", "projection"] = "residual"
-
-    @property
-    def space(self) -> str:
-        return "delta"
-
-    @property
-    def rule(self) -> str:
-        return "linear"
-
-    @property
-    def rank(self) -> str:
-        return "live"
 
     @property
     def cost(self) -> float:

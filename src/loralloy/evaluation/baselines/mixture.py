@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ..suite.method import Method, Row
+from ..suite.method import LiveMethod, Row
 
 if TYPE_CHECKING:
     from ...tasks import Example
     from ..suite.run import Run
 
 
-class Mixture(Method):
+class Mixture(LiveMethod):
     """y = W0 x + 1/k sum_p s_p B_p A_p x over the top k (Zhao et al., arXiv 2402.09997, section 3.3), exact and live.
 
     Retrieved as in :class:`~loralloy.evaluation.baselines.selection.Selection`. The same dW as linear in delta space with
@@ -25,18 +25,6 @@ class Mixture(Method):
     source = "LoraRetriever (arXiv 2402.09997)"
 
     k: Annotated[int, Field(ge=1)] = 3
-
-    @property
-    def space(self) -> str:
-        return "delta"
-
-    @property
-    def rule(self) -> str:
-        return "linear"
-
-    @property
-    def rank(self) -> str:
-        return "live"
 
     def answer(self, run: Run, examples: Sequence[Example]) -> list[Row]:
         nearest = run.nearest_tasks(examples, self.k)

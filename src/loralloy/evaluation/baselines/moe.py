@@ -24,10 +24,6 @@ class Moe(TrainedRouter):
     top_k: Annotated[int, Field(ge=1)] | None = None
 
     @property
-    def space(self) -> str:
-        return "delta"
-
-    @property
     def rule(self) -> str:
         return "gate by token"
 

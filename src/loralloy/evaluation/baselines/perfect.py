@@ -22,10 +22,6 @@ class Perfect(Method):
     uses = frozenset({"model", "bank"})
 
     @property
-    def space(self) -> str:
-        return "-"
-
-    @property
     def rank(self) -> str:
         return "live"
 

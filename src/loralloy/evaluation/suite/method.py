@@ -118,6 +118,22 @@ class Method(Strict):
         raise NotImplementedError
 
 
+class LiveMethod(Method):
+    """Adapters summed in the running model, each input under weights of its own: exact, nothing is merged."""
+
+    @property
+    def space(self) -> str:
+        return "delta"
+
+    @property
+    def rule(self) -> str:
+        return "linear"
+
+    @property
+    def rank(self) -> str:
+        return "live"
+
+
 def find_kind(kind: str) -> type[Method]:
     """The class of a kind of method. Raises LoralloyError listing the kinds there are."""
     if kind not in KINDS:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from ...errors import LoralloyError
 from ...hub import parse_ref
-from ...recipe.document import At, Document, Problem
-from ...recipe.schema import named, or_list, suggest
+from ...recipe.document import At, Document
+from ...recipe.schema import named, suggest
+from ...recipe.validation import validated, versioned
 from .method import QUERIES, SCOPES, Method, Query, Scope, Strict, find_kind
 
 VERSION = 1
@@ -75,17 +75,8 @@ class Suite:
         an unknown method or two of one name, and rows set for a method that is not there.
         """
         path = Path(path).absolute()
-        document = Document.read(path, "suite")
-        if not isinstance(document.data, dict):
-            raise LoralloyError(f"{path}: a suite file is a mapping (`model: ...`), not {named(document.data)}")
-        version = document.data.get("version")
-        if version is None:
-            raise document.wrong((), f"no `version`; add `version: {VERSION}` as its first line")
-        if type(version) is not int or version != VERSION:
-            raise document.wrong(
-                ("version",), f"{version!r} is not known to this loralloy (it reads {VERSION}); upgrade loralloy"
-            )
-        fields = _validated(Fields, document.data, document, ())
+        document = versioned(path, "suite", "model", VERSION)
+        fields = validated(Fields, document.data, document, inner={"index": IndexEntry})
         methods = tuple(_method(entry, ("methods", i), document) for i, entry in enumerate(document.data["methods"]))
         names = [method.name for method in methods]
         for i, name in enumerate(names):
@@ -161,34 +152,4 @@ def _method(entry: Any, at: At, document: Document) -> Method:
         found = find_kind(kind)
     except LoralloyError as error:
         raise document.wrong(at, str(error)) from None
-    return _validated(found, entry, document, at)
-
-
-def _validated(model: Any, data: Any, document: Document, at: At) -> Any:
-    try:
-        # through JSON, where a list may be a tuple and 1 is still no text
-        return model.model_validate_json(json.dumps(data, default=str))
-    except ValidationError as error:
-        problems = [_problem(model, item, at) for item in error.errors()]
-        raise document.error(problems) from None
-
-
-def _problem(model: type[Strict], item: Any, at: At) -> Problem:
-    where: At = (*at, *item["loc"])
-    if item["type"] == "extra_forbidden":
-        owner: Any = IndexEntry if item["loc"][0] == "index" and len(item["loc"]) > 1 else model
-        known = [field.alias or name for name, field in owner.model_fields.items()]
-        kind = getattr(owner, "kind", "")
-        what = f" of a {kind} method" if kind else ""
-        name = str(item["loc"][-1])
-        return Problem(where, f"unknown field{what}{suggest(name, known)}; known here: {', '.join(known)}", key=True)
-    if item["type"] == "missing":
-        return Problem(where[:-1], f"the field `{where[-1]}` is missing")
-    if item["type"] == "value_error":
-        return Problem(where, str(item["ctx"]["error"]))
-    if item["type"] == "literal_error":
-        allowed = [word.strip(" '") for word in item["ctx"]["expected"].replace(" or ", ",").split(",")]
-        return Problem(where, f"{named(item['input'])} is not known; give {or_list(allowed)}")
-    if item["type"] == "string_type":
-        return Problem(where, f"{named(item['input'])} cannot stand here; give text (quote it)")
-    return Problem(where, f"{item['msg'][:1].lower()}{item['msg'][1:]}, not {named(item['input'])}")
+    return validated(found, entry, document, at, what=f" of a {found.kind} method")

@@ -108,7 +108,7 @@ def learn(
         "best_step": best,
         "replayed": run.steps.replayed,
     }
-    weights = coefficients.weights({"settings": settings})
+    weights = live.bank.own_weights(coefficients.weights({"settings": settings}))
     seconds = time.perf_counter() - began
     return Learned(weights, run.history, settings, seconds, start_scale, searched, best)
 
@@ -116,7 +116,7 @@ def learn(
 def _check_learnable(live: Learnable, model: nn.Module, bank: Bank, rule: Rule | str | None, space: str | None) -> None:
     from ...merging.basis import learnable as of
 
-    if live.model is not model or live.names != bank.names or any(live.bank[n] is not bank[n] for n in bank):
+    if live.model is not model or live.names != bank.names or any(live.given[n] is not bank[n] for n in bank):
         raise LoralloyError("the given learnable is of another model or bank; make one of this model and bank")
     if rule is not None and str(of(rule, space or live.space)[0]) != str(live.rule):
         raise LoralloyError(f"the given learnable is of rule {live.rule}, not {rule}; make one for each rule")
