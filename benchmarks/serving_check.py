@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,10 @@ def run(given: Any, answers: list[dict[str, Any]]) -> dict[str, Any]:
     truth = Truth(model, tokenizer, Bank.load(given.bank))
     right = ties = control = controls = 0
     largest, wrong = 0.0, []
-    order = sorted(range(len(answers)), key=lambda i: answers[i]["composition"])[: given.check or None]
+    chosen = range(len(answers))
+    if given.check and given.check < len(answers):
+        chosen = random.Random(given.seed).sample(chosen, given.check)
+    order = sorted(chosen, key=lambda i: answers[i]["composition"])
     with progress() as bar:
         task = bar.add_task("checking", total=len(order))
         for n, i in enumerate(order):

@@ -10,7 +10,6 @@ import torch
 from plan import HERE, LEARNED_ROWS, Half, Job
 from site_text import sample
 
-from loralloy.errors import LoralloyError
 from loralloy.live.vision import ImageClassifier, load_backbone
 from loralloy.tasks.image_set import ImageSet
 from loralloy.tasks.images import load_images
