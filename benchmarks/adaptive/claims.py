@@ -140,6 +140,9 @@ def past_sequential(b: Bench) -> tuple[str, str, str] | None:
     gap, both = difference(cells, sequence), [s for s in cells if s in sequence]
     means = (percent(Mean.of([of[s] for s in both])) for of in (cells, sequence))
     said = "{} against {}, ".format(*means) + f"{interval(gap)} (orders averaged; it keeps no rows, and one adapter)"
+    if settings["head"] != "random" and (like := b.chosen(head="random")) is not None:  # the head it was trained under
+        same = b.cells.by_seed(**like[0], domains=b.names, rank=None)
+        said += f"; under its own random head {percent(Mean.of(list(same.values())))}, {interval(difference(same, sequence))}"
     return "best adaptive configuration above sequential fine-tuning of one adapter", said, judged(gap)
 
 

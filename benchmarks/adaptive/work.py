@@ -101,7 +101,7 @@ class Site(sites.Site):
             wait()
         assert self.live is not None
         self.live.set(None)
-        return self.live, self.live.bank, time.perf_counter() - began
+        return self.live, self.live.given, time.perf_counter() - began
 
     @property
     def device(self) -> torch.device:
@@ -249,7 +249,7 @@ class Site(sites.Site):
 
         live, bank, making = self.terms(cell)
         if cell.how == "geometry":
-            return {**geometry(live, bank), "seconds": {"terms": making}}
+            return {**geometry(live, live.bank), "seconds": {"terms": making}}
         rows = self._begin(cell)
         began = time.perf_counter()
         weights, told = coefficients(self, cell, live, bank, rows)

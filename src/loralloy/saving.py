@@ -255,7 +255,7 @@ def card(
             f"Its parents were freed of {told['freed']['directions']} directions a module that their inputs shared.",
             "",
         ]
-    if (even := told.get("balanced")) and even["after"] != even["before"]:
+    if (even := told.get("balanced") or recorded.get("balanced")) and even["after"] != even["before"]:
         lines += [
             f"Balanced afterwards at `{even['module']}`: the errors above are of the merge before that.",
             "",

@@ -64,6 +64,7 @@ def test_the_folder_it_leaves_answers_evenly(run, world, leaning, tmp_path):
     changed = [m for m in before if not torch.equal(before[m].dense(torch.float64), after[m].dense(torch.float64))]
     assert changed == [told["module"]]
     assert after.provenance["balanced"]["module"] == told["module"]
+    assert f"Balanced afterwards at `{told['module']}`" in (tmp_path / "even/README.md").read_text()
 
 
 def test_texts_of_a_file_and_what_is_printed(run, leaning, tmp_path):

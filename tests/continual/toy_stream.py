@@ -131,6 +131,9 @@ class ToyWorkshop:
     def inputs(self, rows: Sequence[BufferRow]) -> list[dict[str, Any]]:
         return [{"x": self._tensors(rows)[0]}]
 
+    def check_balance(self) -> None:
+        raise LoralloyError("a toy's answers are not read at a token")
+
     def answering(self, rows: Sequence[BufferRow]) -> Any:
         raise LoralloyError("a toy's answers are not read at a token")
 

@@ -44,13 +44,12 @@ def balance(
 
     Example: loralloy balance merged -m MODEL --task examples/tasks/sentiment_tweets.yaml -o balanced
     """
-    from ..adapter import Adapter
     from ..bank import Bank
     from ..console import out as stdout
     from ..console import progress
     from ..live.fit import check_base
     from ..recipe.job import check_out
-    from ..weighting.balance import PASSES, shift, text_directions
+    from ..weighting.balance import PASSES, marked, shift, text_directions
     from ..weighting.balance import balance as even_out
     from ..weighting.levels import text_answers
 
@@ -78,13 +77,7 @@ def balance(
     with progress() as bar:
         job = bar.add_task("balance", total=PASSES)
         done = even_out(loaded, found, answers, directions, module=module or None, on_pass=lambda: bar.advance(job))
-    made, told = (
-        done.adapter,
-        {"module": done.module, "before": done.before, "after": done.after, "inputs": len(prompts)},
-    )
-    extra = {name: made.extra_tensor(name) for name in made.extra}
-    said = {**made.provenance, "balanced": told}
-    Adapter(out.name, dict(made), made.config, made.base, extra, said, made.licence).save(out, overwrite=overwrite)
+    marked(done, out.name, inputs=len(prompts)).save(out, overwrite=overwrite)
     first, last = seen[0][1], min(seen)[1]
     data = {
         "adapter": adapter, "inputs": len(prompts), "module": done.module, "passes": done.passes,

@@ -171,6 +171,9 @@ class ImageWorkshop:
         size = self._batch_size or (64 if self.classifier.device.type == "cpu" else 1024)
         return [{"pixel_values": self.classifier.pixels(part), **self.classifier.more} for part in images.split(size)]
 
+    def check_balance(self) -> None:
+        self.classifier.directions()
+
     def answering(self, rows: Sequence[BufferRow]) -> Answering:
         import torch
 

@@ -97,6 +97,8 @@ class Plan:
 
 def make_plan(stream: DomainStream, workshop: Workshop) -> Plan:
     """All runs of a stream. Raises LoralloyError for a strategy that cannot learn through a rule it is to be run with."""
+    if any(strategy.balance for strategy in stream.strategies):
+        workshop.check_balance()  # before hours of training
     for strategy in stream.strategies:
         for merge in merges_for(strategy, stream.merges):
             check(strategy, merge)
@@ -150,6 +152,8 @@ def check(strategy: Strategy, merge: Merge | None) -> None:
             from ..weighting.regmean import check_sum
 
             check_sum(merge.rule, merge.space)
+        if strategy.balance and merge.rank == 1:
+            raise LoralloyError("a balance takes one direction of its module, and the merge has rank 1; give 2 or more")
     except LoralloyError as error:
         raise LoralloyError(
             f"strategy {strategy.name!r} cannot be run with merge {merge.name!r}: {error}; name the merges it is for in "

@@ -214,14 +214,16 @@ class Runner:
 
     def _balance(self, folder: Path, rows: Sequence[BufferRow]) -> dict[str, Any]:
         """The merged adapter in a folder, balanced over the buffer's inputs, in its place."""
-        from ..weighting.balance import balance
+        from ..weighting.balance import balance, marked
 
         self.held.drop()
         answering = self.workshop.answering(rows)
-        done = balance(
-            self.workshop.model, Adapter.load(folder, "merged"), answering.run, answering.directions, at=answering.at
-        )
-        done.adapter.save(folder, overwrite=True)
+        merged = Adapter.load(folder, "merged")
+        try:
+            done = balance(self.workshop.model, merged, answering.run, answering.directions, at=answering.at)
+        except LoralloyError as error:
+            raise error.within("`balance`") from None
+        marked(done).save(folder, overwrite=True)
         return {"module": done.module, "before": done.before, "after": done.after, "passes": done.passes}
 
     def _uncut(self, adapted: Adapted, step: Step, rows: Sequence[BufferRow]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,16 +166,17 @@ class TextWorkshop:
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [self._batch([row.data["prompt"] for row in part])[0] for part in parts]
 
+    def check_balance(self) -> None:
+        from ..weighting.balance import text_directions
+
+        labels = _classes(tuple(_task(experience).labels or ()) for experience in self.experiences.values())
+        text_directions(self.model, self.tokenizer, labels)
+
     def answering(self, rows: Sequence[BufferRow]) -> Answering:
         from ..weighting.balance import text_directions
         from ..weighting.levels import text_answers
 
-        found = {tuple(row.data["options"]) for row in rows}
-        if len(found) != 1 or not (labels := next(iter(found))):
-            raise LoralloyError(
-                "`balance` evens out answers to one set of classes, and the buffer's rows have "
-                f"{len(found) or 'no'} sets of options or free text; leave it out of this stream"
-            )
+        labels = _classes(tuple(row.data["options"]) for row in rows)
         prompts, size = [row.data["prompt"] for row in rows], self.stream.fields.evaluate.batch_size
         run = text_answers(self.model, self.tokenizer, prompts, [labels] * len(prompts), size)
         return Answering(run, text_directions(self.model, self.tokenizer, labels), -1)
@@ -213,6 +214,17 @@ class TextWorkshop:
             mask[row, : len(tokens)] = 1
         mask = mask.to(device)
         return {"input_ids": pad.to(device), "attention_mask": mask, "use_cache": False}, mask
+
+
+def _classes(found: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """The one set of classes that all have."""
+    sets = set(found)
+    if len(sets) != 1 or not (labels := next(iter(sets))):
+        raise LoralloyError(
+            f"`balance` evens out answers to one set of classes, and there are {len(sets) or 'no'} sets of options or free "
+            "text; leave it out of this stream"
+        )
+    return labels
 
 
 def _test_rows(experience: Experience, fields: EvaluateEntry) -> list[Example]:

@@ -118,6 +118,10 @@ class Workshop(Protocol):
         """These rows' inputs in batches of keywords for ``model(**batch)``, no labels among them: what RegMean runs."""
         ...
 
+    def check_balance(self) -> None:
+        """Raises LoralloyError where no merge of this stream can be balanced (see :meth:`answering`)."""
+        ...
+
     def answering(self, rows: Sequence[BufferRow]) -> Answering:
         """The answers to these rows' inputs, their labels not looked at: what a merge is balanced by.
 

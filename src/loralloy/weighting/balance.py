@@ -62,6 +62,14 @@ class Balanced:
     passes: int
 
 
+def marked(done: Balanced, name: str | None = None, **more: Any) -> Adapter:
+    """The balanced adapter with what was done to it in its provenance (and on its card); `more` is written beside it."""
+    made, told = done.adapter, {"module": done.module, "before": done.before, "after": done.after, **more}
+    extra = {n: made.extra_tensor(n) for n in made.extra}
+    said = {**made.provenance, "balanced": told}
+    return Adapter(name or made.name, dict(made), made.config, made.base, extra, said, made.licence)
+
+
 def shift(logp: Tensor) -> Tensor:
     """Mean log-probabilities of the answers over inputs, centred, [k]; `logp` [inputs, k].
 

@@ -46,7 +46,8 @@ class Fake:
 
     made: ClassVar[list[str]] = []
 
-    def __init__(self, live, part, table, gradient, pool):
+    def __init__(self, live, part, table, gradient, pool, inputs):
+        assert inputs[0] is not None
         self.work = lambda t: replay._once(live, part, t, gradient)
         Fake.made.append("gradient" if gradient else "loss")
 
@@ -141,3 +142,37 @@ def test_on_a_gpu_a_recording_gives_what_the_steps_give(tmp_path, rule, space):
             assert a == pytest.approx(b, abs=1e-4)
     live = Learnable(*given[:2], rule, space)  # nothing of it is left in the model
     live.remove()
+
+
+def test_when_one_part_cannot_be_recorded_none_is(tmp_path, recorded, monkeypatch):
+    """What is replayed must be fed before each step, and nothing is fed any more once recording has stopped."""
+    given, made = setting(tmp_path, "cpu"), []
+
+    class Second(Fake):
+        def __init__(self, *arguments):
+            made.append(1)
+            if len(made) == 2:
+                raise RuntimeError("out of memory")
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(replay, "_Recording", Second)
+    done = run(*given, dataclasses.replace(CONFIG, rows_at_once=3))
+    assert len(made) == 2 and done.settings["replayed"] == 1
+
+
+def test_a_recording_keeps_what_it_reads(tmp_path, recorded, monkeypatch):
+    """With batches that change, an objective lets go of rows; those of a recording must live on."""
+    from loralloy.weighting.learned import objective as objectives
+
+    given, kept = setting(tmp_path, "cpu"), []
+
+    class Keeps(Fake):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            kept.append(arguments[-1][0])
+
+    monkeypatch.setattr(replay, "_Recording", Keeps)
+    monkeypatch.setattr(objectives, "_KEPT", 1)
+    run(*given, dataclasses.replace(CONFIG, batch_size=2, hold_out=0.5, steps=30, patience=100))
+    assert kept and all(isinstance(one, objectives._Batch) for one in kept)
+    assert any(one is not held for one in kept for held in given[2]._batches.values())

@@ -26,8 +26,8 @@ class LearnConfig:
         scales: what the line search tries, as far as they lie within the form's range; None for 0.4 to 1.8 times the scale at
             which the merge is as long as the adapters are (:meth:`loralloy.live.learnable.Learnable.matching_scale`).
         rows_at_once: rows of one forward, which bounds memory; the gradient is that of all of them.
-        replay: on a GPU, record a step and replay it where the objective allows it: several times faster, and as much memory
-            as a step takes is held for as long as the run lasts.
+        replay: on a GPU, record a step and replay it where the objective allows it, which saves launching its kernels one by
+            one; as much memory as a step takes is held for as long as the run lasts.
         seed: of the hold-out and the batches.
 
     Raises LoralloyError for values out of range.

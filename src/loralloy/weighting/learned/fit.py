@@ -184,9 +184,8 @@ class _Run:
         kind = (gradient, step > 0)  # the first step sees rows as they are, later ones may see them augmented
         feed = getattr(self.objective, "feed", None)
         for some, part in self.parts(rows, step):
-            if feed is not None and self.steps.record:
-                feed(some[0], step)
-            yield self.steps.run(part, table, (kind, some), gradient, more)
+            inputs = feed(some[0], step) if feed is not None and self.steps.record else None
+            yield self.steps.run(part, table, (kind, some), gradient, more, (inputs, self._shares.get(some)))
 
     @torch.no_grad()
     def loss(self, rows: Sequence[int], step: int = 0, more: int = 0) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ...errors import LoralloyError
 from .objective import Kind, shares
@@ -82,11 +82,13 @@ class ImageObjective:
         index, share = self._rows(rows)
         return self._losses(index, step) @ share
 
-    def feed(self, rows: Sequence[int], step: int) -> None:
-        """The augmentation of a step, into the tensor that a recording reads."""
-        if self.augment and step > 0:
-            moves = self._moves(self._seen(len(rows)), step)
-            self._fed.setdefault(len(moves), moves).copy_(moves)
+    def feed(self, rows: Sequence[int], step: int) -> Any:
+        """The augmentation of a step, into the tensor that a recording reads; and what else it reads."""
+        if not (self.augment and step > 0):
+            return self._rows(rows)
+        moves = self._moves(self._seen(len(rows)), step)
+        kept = self._fed.setdefault(len(moves), moves).copy_(moves)
+        return (*self._rows(rows), kept)
 
     def _seen(self, rows: int) -> int:
         """How many images one view of so many rows takes: under prototypes, all of them."""

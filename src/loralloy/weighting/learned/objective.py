@@ -30,7 +30,8 @@ class Objective(Protocol):
 
     An objective may have `losses(rows, step) -> [len(rows)]`, the loss of each; then a run works through many rows in parts.
     And `feed(rows, step)`, called before each: it says that the work never waits for the device and takes what changes from
-    step to step from tensors that `feed` fills, so that a step may be recorded (see :mod:`.replay`).
+    step to step from tensors that `feed` fills, so that a step may be recorded (see :mod:`.replay`). It returns all tensors
+    that the loss of these rows reads, for a recording to keep.
     """
 
     @property
@@ -179,8 +180,9 @@ class TextObjective:
         """The mean within each stratum, averaged over the strata."""
         return self.losses(rows, step) @ self._batch(rows).share
 
-    def feed(self, rows: Sequence[int], step: int) -> None:
-        """Nothing changes from step to step."""
+    def feed(self, rows: Sequence[int], step: int) -> Any:
+        """The rows as tensors; nothing changes from step to step."""
+        return self._batch(rows)
 
     def _batch(self, rows: Sequence[int]) -> _Batch:
         """The rows as tensors; the last few sets of rows are kept, since most runs take all rows at every step."""
