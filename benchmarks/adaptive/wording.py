@@ -68,6 +68,7 @@ JUDGED = (
 )
 EVENED = (
     "The shift of a merge's answers over the buffer's inputs, taken out of it without their labels (ours; docs/tada.md): "
-    "the merge at the rank that its adapters' ranks sum to, one module of it changed. That cut, and the cast to 16 bits, "
-    "is in the difference too: as they are, merges are uncut. Joint training is given the same. Final accuracy, %; differences with 95 % t intervals, paired by seed; random head, b_max = 3."
+    "the merge at the rank that its adapters' ranks sum to, one module of it changed. That cut, and the cast to 16 bits, is in "
+    "the difference too: as they are, merges are uncut. Joint training is given the same. Final accuracy, %; differences with "
+    "95 % t intervals, paired by seed; random head, b_max = 3."
 )
