@@ -12,6 +12,7 @@ from loralloy.cli import app
 
 COMMANDS = {
     "ask",
+    "balance",
     "route",
     "merge",
     "rules",
