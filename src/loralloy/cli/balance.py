@@ -63,9 +63,8 @@ def balance(
     if calibration is not None:
         prompts = _shortened(task, tokenizer, prompts, max_length)
     run = text_answers(loaded, tokenizer, prompts, [labels] * len(prompts), batch_size)
-    seen: list[
-        tuple[float, list[float]]
-    ] = []  # of every pass: the largest shift, and how often each answer is the likeliest
+    # of every pass: the largest shift, and how often each answer is the likeliest
+    seen: list[tuple[float, list[float]]] = []
 
     def answers() -> Any:
         logp = run()
