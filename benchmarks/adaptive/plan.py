@@ -46,7 +46,7 @@ class Bench:
         return DomainStream.load(HERE / f"{self.name}.yaml")
 
 
-_IMAGES = {part: {"r": 3, "v": 4}.get(part, 5) for part in PARTS if part != "f"}
+_IMAGES = {part: {"r": 3}.get(part, 5) for part in PARTS if part != "f"}
 _TEXT = {
     "own": 5, "a": 5, "draws": 5, "joint": 5, "alone": 5, "c": 3, "large": 5, "e": 3, "z": 3, "b": 3, "seq": 2, "seqs": 2, "r": 2,
     "v": 4,

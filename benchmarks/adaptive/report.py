@@ -2,6 +2,7 @@
 
 python benchmarks/adaptive/report.py                   # print the verdicts
 python benchmarks/adaptive/report.py --write           # and write the pages
+python benchmarks/adaptive/report.py --write --add     # and what the committed .json files have beside, of the same adapters
 python benchmarks/adaptive/report.py --write --again   # from the committed .json files, without cells
 """
 
@@ -25,7 +26,7 @@ import wording  # noqa: E402
 from cells import GRID, cell_name  # noqa: E402
 from figures import draw  # noqa: E402
 from plan import BENCHES  # noqa: E402
-from results import Cells  # noqa: E402
+from results import Cells, joined  # noqa: E402
 
 from loralloy.atomic import atomic_file  # noqa: E402
 from pages import report_parser, sections  # noqa: E402
@@ -35,10 +36,16 @@ PAGES = {"emoji": ("emoji4", ("emoji7",)), "sentiment": ("sentiment4", ("text20"
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = report_parser(__doc__, "pages", PAGES, ROOT / ".assets/adaptive/cells", ROOT / "docs/results")
+    parser.add_argument(
+        "--add", action="store_true", help="to the cells that the .json files have, of the same adapters"
+    )
     options = parser.parse_args(argv)
     for page in options.pages or PAGES:
         data = options.docs / f"adaptive-{page}.json"
         found = read(page, options.cells, data if options.again else None)
+        if options.add:
+            old = read(page, options.cells, data)
+            found = {b: Cells(b, joined(old[b].rows, some.rows, f"--add {page}")) for b, some in found.items()}
         if not found[PAGES[page][0]].rows:
             print(f"{page}: no cells")
             continue

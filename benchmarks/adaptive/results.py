@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cells import cell_name
+
 import pages
 from cell_files import Row, read, rounded
 from loralloy.continual.results import Mean
+from loralloy.errors import LoralloyError
 
 _ABSENT = {"draw": 0}
 _DROPPED = ("correct", "searched", "version", "bench", "adapters")
@@ -55,6 +58,36 @@ class Cells:
     def compact(self) -> list[Row]:
         """What a reader may want to compute from, without the row-by-row answers."""
         return [rounded({k: v for k, v in row.items() if k not in _DROPPED}) for row in self.rows]
+
+
+def joined(kept: list[Row], new: list[Row], said: str) -> list[Row]:
+    """Cells of an earlier page and of adapters that were made again since: those of both, a cell that both have once.
+
+    What shows that the adapters are the same are the cells that evaluate them alone, own and joint, which `new` must have for
+    all of its seeds and heads, and which must agree row by row's count. said: what the error calls them.
+    Raises LoralloyError where they do not agree, or where nothing shows it.
+    """
+    known = {cell_name(row["cell"]): row for row in kept}
+    shown = set()
+    for row in new:
+        cell, old = row["cell"], known.get(cell_name(row["cell"]))
+        if old is None or cell["how"] not in ("own", "joint"):
+            continue
+        if any(old[split] != row[split] for split in ("test", "validation")):
+            raise LoralloyError(
+                f"{said}: {cell_name(cell)} is not what the page has: other adapters; write the page without --add"
+            )
+        shown.add((cell["seed"], cell.get("head", "random"), cell["how"]))
+    for row in new:
+        cell = row["cell"]
+        for how in ("own", "joint"):
+            if (cell["seed"], cell.get("head", "random"), how) not in shown:
+                raise LoralloyError(
+                    f"{said}: nothing shows that {cell_name(cell)} is of the page's adapters; run --parts alone too, "
+                    f"or write the page without --add"
+                )
+    fresh = {cell_name(row["cell"]): row for row in new}
+    return list({**fresh, **known}.values())
 
 
 def final(row: Row) -> float:

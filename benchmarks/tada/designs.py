@@ -170,11 +170,11 @@ DESIGNS = (
     _gated("gated_pico", "Pico, then the gate's sum, cut to r", before="pico"),
 )  # fmt: skip
 
-# Whose level is chosen, and whose answers are balanced, without labels, on the development pairs too (others were behind in a
-# first round).
-LEVELED = (
-    "default", "plain", "based", "anchored", "activations", "gate_raw", "shared_0", "gated_core", "gated_knots",
-    "freed", "freed_4", "linear_freed",
+# Whose answers are balanced without labels on the development pairs (others were behind in a first round, or cannot be one
+# adapter of rank r); of them `choose.py` takes the designs.
+BALANCED = (
+    "default", "plain", "based", "anchored", "activations", "gate_raw", "shared_0", "gated_ties_cut", "gated_core", "gated_knots",
+    "gated_tsv_m", "gated_iso_c", "gated_iso_cts", "freed", "freed_4",
 )  # fmt: skip
 
 METHODS = {m.name: m for m in (*BASELINES, *LEARNED, *DESIGNS)}

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 from designs import (
+    BALANCED,
     BASELINES,
     DESIGNS,
     LEARNED,
-    LEVELED,
     METHODS,
     RANKS,
     TUNED_BESIDE,
@@ -35,19 +35,20 @@ PARTS = {
     "own": (20, "train adapters on the domains' own labels (seed 0, for the screen)"),
     "screen": (21, "base, task, domain and own adapter on validation rows of finals and reserves"),
     "develop": (30, "designs and some baselines on the development pairs"),
-    "tried": (31, "every design at weights of 1 on the development pairs of the first round"),
     "alone": (40, "base, task adapter (also balanced) and domain adapter on the final pairs"),
     "design": (41, "the designs of pairs.yaml on the final pairs, also at their best coefficients, and balanced"),
     "best": (
         42,
-        "the baselines on the final pairs: at 0.5/0.5, at 1/1, at a level chosen without labels, by validation, and balanced",
+        "the baselines on the final pairs: at 0.5/0.5, at 1/1, by validation, and balanced",
     ),
     "parts": (50, "ablations of the first design"),
     "learned": (60, "learned coefficients (these train)"),
     "inputs": (70, "4 to 256 calibration inputs"),
     "ranks": (80, "adapters of rank 4 to 64: two pairs, seed 0, trained anew"),
+    "free": (90, "designs and baselines on the final pairs at a level chosen without labels"),
+    "tried": (91, "every design at weights of 1 on the development pairs of the first round"),
 }
-FIRST = ("task", "domain", "own", "screen", "develop", "tried")  # what is run before the design is written down
+FIRST = ("task", "domain", "own", "screen", "develop")  # what is run before the design is written down
 TUNING = ("develop", "tried")
 LEARNED_ROWS = 5  # a class; of tasks whose rows have options of their own, 4 times as many in all
 
@@ -167,7 +168,9 @@ OWN = Method("own", "trained on the domain's labels")
 def groups(half: Half) -> list[Group]:
     """All work of a half, in the queue's order."""
     found = list(_trainings(half))
-    for part in ("screen", "develop", "tried", "alone", "design", "best", "parts", "learned", "inputs", "ranks"):
+    for part in PARTS:
+        if part in ("task", "domain", "own"):
+            continue
         which = "development" if part in TUNING else "final"
         pairs = half.pairs(which) + (half.pairs("reserves") if part == "screen" else ())
         seeds = (
@@ -228,19 +231,20 @@ def _cells(half: Half, part: str, pair: str, seed: int) -> Iterator[Group]:
         yield group([(m, "") for m in (*ALONE, OWN)], (*both, own))
     elif part == "develop":
         yield group(alone, both)
-        yield group([(METHODS[n], at) for at in ("ones", "free", "balanced") for n in LEVELED], both)
-        yield group([(METHODS[n], at) for at in ("best", "free", "balanced") for n in TUNED_BESIDE], both)
+        yield group([(METHODS[n], at) for at in ("ones", "balanced") for n in BALANCED], both)
+        yield group([(METHODS[n], at) for at in ("best", "balanced") for n in TUNED_BESIDE], both)
     elif part == "tried":
         yield group([(m, "ones") for m in DESIGNS], both)
     elif part == "alone":
         yield group(alone, both)
     elif part == "design":  # "tuned" reads what "best" has chosen
-        yield group(
-            [(METHODS[n], at) for at in ("ones", "free", "best", "balanced", "tuned") for n in half.designs], both
-        )
+        yield group([(METHODS[n], at) for at in ("ones", "best", "balanced", "tuned") for n in half.designs], both)
     elif part == "best":
         for some in (BASELINES[:5], BASELINES[5:10], BASELINES[10:]):
-            yield group([(m, at) for m in some for at in ("best", "free", "even", "ones", "balanced", "tuned")], both)
+            yield group([(m, at) for m in some for at in ("best", "even", "ones", "balanced", "tuned")], both)
+    elif part == "free":
+        for free in ([METHODS[n] for n in half.designs], BASELINES[:8], BASELINES[8:]):
+            yield group([(m, "free") for m in free], both)
     elif part == "parts":
         yield group([(m, "ones") for m in ablations(first)], both)
     elif part == "learned":

@@ -1,6 +1,7 @@
 """TaDA on real data: trains task and domain adapters, then computes cells, several processes side by side on one GPU or more.
 
-    python benchmarks/tada/run.py --parts task domain own screen develop tried --jobs 12 --until 540   # then pairs.yaml: designs
+    python benchmarks/tada/run.py --parts task domain own screen develop --jobs 12 --until 540
+    python benchmarks/tada/choose.py --write                                                           # pairs.yaml: designs
     python benchmarks/tada/run.py --jobs 12 --until 540                                                # the rest
     python benchmarks/tada/run.py --list                                                               # what there is to do
     python benchmarks/tada/report.py --write                                                           # docs/results/tada-*

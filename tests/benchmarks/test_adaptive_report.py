@@ -258,3 +258,45 @@ def test_the_command_writes_pages_and_makes_them_again(harness, tmp_path, monkey
     assert "**Unfinished.** Of emoji4's" in first and "growth with the number of domains (" in first
     assert harness.report.main([*words, "--again"]) == 0
     assert (docs / "adaptive-emoji.md").read_text() == first
+
+
+def test_cells_are_added_to_those_of_the_page_where_the_adapters_are_the_same(harness, tmp_path, capsys):
+    from loralloy.errors import LoralloyError
+
+    docs, cells = tmp_path / "docs", tmp_path / "cells/emoji4"
+    docs.mkdir()
+    cells.mkdir(parents=True)
+    every = [json.loads(json.dumps(one)) for one in made_up(harness.cells)]
+    alone = [one for one in every if one["cell"]["how"] in ("own", "joint")]
+    late = [one for one in every if one["cell"]["how"] == "learned"][-3:]
+    words = ["emoji", "--docs", str(docs), "--write", "--cells", str(cells.parent)]
+
+    def lay(some):
+        for path in cells.glob("*.json"):
+            path.unlink()
+        for n, one in enumerate(some):
+            (cells / f"{n}.json").write_text(json.dumps(one))
+
+    lay(every)
+    assert harness.report.main(words) == 0
+    whole = (docs / "adaptive-emoji.md").read_text()
+    lay([one for one in every if one not in late])
+    assert harness.report.main(words) == 0
+    part = (docs / "adaptive-emoji.md").read_text()
+    assert part != whole
+    seeds = {one["cell"]["seed"] for one in late}
+    same = [one for one in alone if one["cell"]["seed"] in seeds]
+    lay([*late, *same])
+    assert harness.report.main([*words, "--add"]) == 0
+    assert (docs / "adaptive-emoji.md").read_text() == whole
+
+    lay(late)
+    with pytest.raises(LoralloyError, match=r"nothing shows that .* is of the page's adapters; run --parts alone"):
+        harness.report.main([*words, "--add"])
+    other = json.loads(json.dumps(same))
+    domain = next(iter(other[0]["test"]))
+    other[0]["test"][domain] += 0.01
+    lay([*late, *other])
+    with pytest.raises(LoralloyError, match="is not what the page has: other adapters"):
+        harness.report.main([*words, "--add"])
+    assert (docs / "adaptive-emoji.md").read_text() == whole

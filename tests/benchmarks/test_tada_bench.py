@@ -106,7 +106,8 @@ def test_cells_are_right_resumed_and_failures_stay_alone(small, tmp_path, monkey
     from loralloy.live import LiveModel
     from loralloy.weights import Weights
 
-    out, words = tmp_path / "out", ["--seeds", "0", "--parts", "task", "domain", "alone", "design", "best", "learned"]
+    out = tmp_path / "out"
+    words = ["--seeds", "0", "--parts", "task", "domain", "alone", "design", "best", "learned", "free"]
     real, asked = small.work.Site.cell, []
 
     def cell(site, one):

@@ -19,6 +19,7 @@ from ..errors import LoralloyError
 from . import checkpoint
 from .config import TrainConfig
 from .data import IGNORED, Encoded, collate, epoch_batches, mix
+from .repeatable import repeatable
 
 LOG_EVERY = 10  # steps between looks at the GPU: reading a loss waits for it
 LOG_NAME = "training_log.jsonl"
@@ -194,6 +195,7 @@ def fit(
     with (
         _accelerator(device, tracker, runs, config.to_dict()) as accelerator,
         torch.random.fork_rng(devices=devices),
+        repeatable(device),
         _Display(title, start, total) as display,
     ):
         ready, optimizer = accelerator.prepare(model, optimizer)
