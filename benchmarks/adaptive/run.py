@@ -4,6 +4,9 @@
     python benchmarks/adaptive/run.py --bench emoji4 --list          # what there is to do, in order
     python benchmarks/adaptive/report.py --write                     # docs/results/adaptive-*
 
+    python benchmarks/adaptive/run.py --bench emoji4 --beside docs/results --jobs 12   # what the page does not have yet, on the
+    python benchmarks/adaptive/report.py emoji --write --add                           # same adapters, trained again
+
 Work is taken in the order of `parts.PARTS`; a process that comes to a group that another has goes on to the next. Stopped or
 killed anywhere, the same command goes on: an adapter or a cell that is there is not made again. After --until seconds
 nothing new is begun. A cell that fails is told, kept under OUT/errors, and tried again by the next call; one that finds no
@@ -35,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
         prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--bench", nargs="+", choices=list(BENCHES), default=["emoji4", "sentiment4"])
+    found.add_argument(
+        "--beside", type=Path, metavar="DOCS", help="leave out the cells that this folder's adaptive-*.json have"
+    )
     add_flags(found, ".assets/adaptive", {name: part.what for name, part in PARTS.items()})
     return found
 

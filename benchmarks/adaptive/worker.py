@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import stamp
-from cells import Cell, Job
+from cells import Cell, Job, cell_name
 from parts import rank
 from plan import BENCHES, Bench, groups, toy
 from work import Site
@@ -29,6 +31,30 @@ def opened(name: str, options: argparse.Namespace) -> tuple[Bench, DomainStream]
     return bench, stream
 
 
+def missing(queue: Sequence[Group], docs: Path) -> list[Group]:
+    """What of a queue the pages' .json files do not have, with the trainings that it needs.
+
+    Of the seeds and heads of what is missing, the cells of own and joint adapters are made again: they show that the adapters
+    are the pages' (`results.joined`).
+    """
+    kept: set[tuple[str, str]] = set()
+    for file in docs.glob("adaptive-*.json"):
+        for bench, rows in json.loads(file.read_text(encoding="utf-8"))["cells"].items():
+            kept |= {(bench, cell_name(row["cell"])) for row in rows}
+    every = [(group.site, cell) for group in queue for cell in group.cells]
+    of = {(site, cell.seed, cell.head) for site, cell in every if (site, cell.name) not in kept}
+    kept -= {(site, c.name) for site, c in every if c.how in ("own", "joint") and (site, c.seed, c.head) in of}
+    needed: set[tuple[str, str]] = set()
+    found = []
+    for group in reversed(queue):  # training stands before what needs it
+        cells = tuple(cell for cell in group.cells if (group.site, cell.name) not in kept)
+        jobs = group.jobs if any((group.site, job.name) in needed for job in group.jobs) else ()
+        if cells or jobs:
+            needed |= {(group.site, job.name) for job in group.needs}
+            found.append(dataclasses.replace(group, cells=cells, jobs=jobs))
+    return found[::-1]
+
+
 class Worker(SiteWorker):
     """Its sites are benches."""
 
@@ -41,7 +67,8 @@ class Worker(SiteWorker):
                     continue
                 if options.seeds is None or group.seed in options.seeds:
                     found.append((rank(group), n, group))
-        return [group for _, _, group in sorted(found, key=lambda item: item[:2])]
+        queue = [group for _, _, group in sorted(found, key=lambda item: item[:2])]
+        return queue if options.beside is None else missing(queue, options.beside)
 
     @staticmethod
     def adapter(out: Path, group: Group, job: Job) -> Piece:

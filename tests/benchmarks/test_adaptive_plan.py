@@ -216,3 +216,20 @@ def test_cells_of_a_folder_are_of_one_set_of_adapters(harness, tmp_path):
         stamp.check_adapters(site, {"s0/noto": "dd", "s1/noto": "cc"})
     kept = json.loads((tmp_path / "cells/emoji4.adapters.json").read_text())
     assert kept == {"s0/noto": "aa", "s0/joint": "bb", "s1/noto": "cc"}
+
+
+def test_what_the_page_has_is_left_out_with_the_trainings_that_nothing_needs(harness, tmp_path):
+    everything = harness.worker.Worker.wanted(harness.run.parser().parse_args(["--bench", "emoji4"]))
+    late = [c for g in everything if g.part == "r" and g.seed == 1 for c in g.cells]
+    rows = [{"cell": dataclasses.asdict(c)} for g in everything for c in g.cells if c not in late]
+    (tmp_path / "adaptive-emoji.json").write_text(json.dumps({"cells": {"emoji4": rows}}))
+    words = ["--bench", "emoji4", "--beside", str(tmp_path)]
+    left = harness.worker.Worker.wanted(harness.run.parser().parse_args(words))
+    cells = [c for g in left for c in g.cells]
+    assert [c for c in cells if c.how not in ("own", "joint")] == late
+    assert {(c.how, c.seed, c.head) for c in cells if c not in late} == {("own", 1, "random"), ("joint", 1, "random")}
+    jobs = {job.name for g in left for job in g.jobs}
+    needed = {job.name for g in left for job in g.needs}
+    assert needed <= jobs and not any("-then-" in name for name in jobs) and any(g.part == "own" for g in left)
+    places = [harness.parts.rank(g)[0] for g in left]
+    assert places == sorted(places)
