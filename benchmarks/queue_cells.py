@@ -23,6 +23,7 @@ from typing import Any
 from loralloy.atomic import atomic_file
 from loralloy.evaluation.suite.locks import lock
 
+STOP = "stop"  # a file in OUT: what has begun ends, and nothing new is begun; the next call removes it
 _NO_MEMORY = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -92,13 +93,17 @@ class Queue:
     def idle(self) -> None:
         """There is nothing to do at the moment: let go of memory that others may need."""
 
+    def over(self) -> bool:
+        """Whether nothing new may be begun: time is up, or somebody has made the file OUT/stop."""
+        return time.time() >= self.deadline or (self.out / STOP).exists()
+
     # -- how it is done ------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         queue = list(self.queue())
         self.makes = {piece.path for group in queue for piece in self.pieces(group)}
         idle = False
-        while time.time() < self.deadline:
+        while not self.over():
             queue = [group for group in queue if not self.finished(group)]
             found = self.through(queue)  # from the start each time: what was not ready may be now
             if "later" in found and not found & {"worked", "busy"}:
@@ -173,7 +178,7 @@ class Queue:
 
     def attempt(self, group: Any, piece: Piece) -> None:
         """Do it; out of memory is tried once more, in a while, with less, and then put off. What fails is told and kept."""
-        if time.time() >= self.deadline:
+        if self.over():
             return
         later = self._later(piece)
         for retry in (False, True):

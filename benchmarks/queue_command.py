@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from queue_cells import STOP
+
 if TYPE_CHECKING:
     from sites import SiteWorker
 
@@ -23,7 +25,12 @@ def add_flags(parser: argparse.ArgumentParser, out: str, parts: Mapping[str, str
     add("--parts", nargs="+", choices=list(parts), help=f"only these: {told}")
     add("--seeds", nargs="+", type=int, help="only these")
     add("--jobs", type=int, default=1, help="processes side by side")
-    add("--until", type=float, default=1e9, help="seconds after which no training and no cell is begun")
+    add(
+        "--until",
+        type=float,
+        default=1e9,
+        help="seconds after which no training and no cell is begun (`touch OUT/stop` ends it so too)",
+    )
     add("--grace", type=float, default=30, help="seconds after that in which what has begun may end")
     add("--pack", type=Path, help="put all cells into this .tar.xz at the end")
     add("--gpus", type=int, help="GPUs that processes are spread over (default: all there are)")
@@ -81,6 +88,7 @@ def list_groups(options: argparse.Namespace, worker: type[SiteWorker], width: in
 def launch(file: str, words: Sequence[str], options: argparse.Namespace, left: Callable[[], int]) -> int:
     """Run the same command in options.jobs processes (``--worker``), and say what is left."""
     deadline, run = time.time() + options.until, secrets.token_hex(4)
+    (options.out / STOP).unlink(missing_ok=True)
     environment = os.environ | {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1",

@@ -161,3 +161,21 @@ def test_processes_side_by_side_do_everything_once(made, tmp_path):
     assert sorted(p.name for p in (tmp_path / "done").iterdir()) == sorted(names + names.upper())
     assert all(count == 1 for name, count in done.items() if name not in "ac")
     assert left(tmp_path) == []
+
+
+def test_a_file_named_stop_ends_it_after_what_has_begun(made, tmp_path):
+    queue = made([(("a", "b", "c"), ()), (("d",), ())])
+    real = queue.work
+
+    def work(group, piece):
+        if piece.name == "b":
+            (tmp_path / "stop").touch()
+        return real(group, piece)
+
+    queue.work = work
+    queue.run()
+    assert queue.log == ["a", "b"] and sorted(p.name for p in (tmp_path / "done").iterdir()) == ["a", "b"]
+    (tmp_path / "stop").unlink()
+    again = made([(("a", "b", "c"), ()), (("d",), ())])
+    again.run()
+    assert again.log[:2] == ["c", "d"]
