@@ -5,7 +5,7 @@
 
 The rule was fixed before any cell of its round was there: of `designs.BALANCED`, at weights of 1 with the answers balanced
 without labels, those with the highest accuracy on the development pairs' test rows, the mean of both halves' means over pairs;
-the library's defaults always among them, since they are what a user gets.
+the defaults of that time always among them, since they were what a user got. The library's defaults have followed it since.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def ranked(halves: Sequence[Half], folder: Path) -> list[tuple[float, str, list[
 
 
 def chosen(order: Sequence[tuple[float, str, list[float]]]) -> list[str]:
-    """The first of them, the defaults among them."""
+    """The first of them, the defaults of that time among them."""
     names = [name for _, name, _ in order]
     first = names[:COUNT]
     return first if ALWAYS in first else [*first[: COUNT - 1], ALWAYS]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
-from designs import BASELINES, METHODS, NEWER, ablations
+from designs import BASELINES, DESIGNS, METHODS, NEWER, ablations
 from plan import Half
 from results import Cells, Interval, best, over_pairs, slopes
 
@@ -33,7 +34,7 @@ def verdicts(half: Half, cells: Cells) -> list[tuple[str, str, str]]:
     found = [_margin(half, cells), _ties(half, cells)] if half.name == "language" else []
     found += [_leads(half, cells), _average(half, cells), _newer(half, cells)]
     found += [_free(half, cells), _adds(half, cells, "free"), *balanced(half, cells)]
-    found += [_part(half, cells, "gate"), _part(half, cells, "removal"), _depth(half, cells)]
+    found += [_part(half, cells, "gate"), _part(half, cells, "removal"), _freeing(half, cells), _depth(half, cells)]
     return [f for f in found if f is not None]
 
 
@@ -180,6 +181,23 @@ def _part(half: Half, cells: Cells, part: str) -> tuple[str, str, str] | None:
     said = f"alone {i.points()} points; on top of the other part {on_top.points()}"
     what = "the gate alone adds" if part == "gate" else "conflict removal alone adds"
     return what, said, _said(i, i.above)
+
+
+def _freeing(half: Half, cells: Cells) -> tuple[str, str, str] | None:
+    """Ours against the same design without it, at weights of 1, and both balanced; nothing for a design that frees nothing."""
+    mine = METHODS[half.designs[0]]
+    same = [
+        m.name
+        for m in DESIGNS
+        if replace(m, name="", title="") == replace(mine, name="", title="", common=0, common_of="all")
+    ]
+    if not mine.common or not same:
+        return None
+    found = [cells.difference((mine.name, at, half.rank), (same[0], at, half.rank)) for at in ("ones", "balanced")]
+    if not found[0].pairs:
+        return None
+    said = f"{found[0].points()} points" + (f"; both balanced {found[1].points()}" if found[1].pairs else "")
+    return "freeing the domain adapter of common directions adds", said, _said(found[0], found[0].above)
 
 
 def _depth(half: Half, cells: Cells) -> tuple[str, str, str] | None:

@@ -80,7 +80,7 @@ def once(bank: Bank, seen: Readings, general: Readings, conflict: str, judge: st
     if device == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    weights = Gate().weights(seen, general)
+    weights = Gate(reference="general").weights(seen, general)
     plan = make_plan(bank, weights, Tada(conflict=conflict), device=device, measure="none")
     answers = in_order(plan, seen) if judge == "activations" else None
     run(dataclasses.replace(plan, rule=watched(plan.rule, [], answers)), bank)

@@ -110,7 +110,7 @@ def _gated(
 
 _TASK: dict[str, Any] = {"reference": "task"}
 DESIGNS = (
-    _ours("default", "the library's defaults"),
+    _ours("default", "gate against general text, shared (defaults then)"),
     # gates, nothing removed
     _ours("gate", "gate alone", "none"),
     _ours("gate_task", "gate alone, against the task's own inputs", "none", **_TASK),

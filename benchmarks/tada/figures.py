@@ -1,6 +1,9 @@
-"""One picture a half: differences from ours with intervals, and the domain's share of the gate over depth by pair."""
+"""One picture a half: averages with and without labels, differences from ours with intervals, and the gate over depth by pair."""
 
 from __future__ import annotations
+
+from textwrap import fill
+from typing import Any
 
 import claims
 from designs import BASELINES, METHODS
@@ -9,37 +12,62 @@ from results import Cells
 
 from pages import png, pyplot
 
+SETTINGS = {"ones": ("1/1", "C7"), "balanced": ("1/1, balanced", "C0"), "best": ("best by validation (labels)", "C1")}
+
 
 def draw(half: Half, cells: Cells) -> bytes:
+    figure, (left, middle, right) = pyplot().subplots(1, 3, figsize=(17, 6.2), constrained_layout=True)
+    _averages(left, half, cells)
+    _differences(middle, half, cells)
+    _depth(right, half, cells)
+    return png(figure)
+
+
+def _averages(axes: Any, half: Half, cells: Cells) -> None:
+    """Of merges that have all of the settings; the task adapter alone as lines."""
+    names = [m.name for m in BASELINES] + list(half.designs)
+    whole = [n for n in names if all(cells.of(n, at, half.rank) for at in SETTINGS)]
+    whole.sort(key=lambda n: cells.average(n, "balanced", half.rank))
+    for at, (label, colour) in SETTINGS.items():
+        values = [100 * cells.average(n, at, half.rank) for n in whole]
+        axes.plot(values, range(len(whole)), "o", color=colour, markersize=4, label=label)
+    for at, style in (("", ":"), ("balanced", "--")):
+        if cells.of("task", at, half.rank):
+            said = "task adapter alone" + (", balanced" if at else "")
+            axes.axvline(
+                100 * cells.average("task", at, half.rank), color="black", linestyle=style, linewidth=1, label=said
+            )
+    axes.set_yticks(range(len(whole)), [fill(METHODS[n].title, 46) for n in whole], fontsize=7)
+    for tick, name in zip(axes.get_yticklabels(), whole, strict=True):
+        tick.set_fontweight("bold" if name in half.designs else "normal")
+    axes.set(xlabel="accuracy, %, the mean over pairs", title=f"{half.name}: merges (bold: this project's)")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.3, -0.11), ncol=3)  # below: points are everywhere
+
+
+def _differences(axes: Any, half: Half, cells: Cells) -> None:
     mine = claims.ours(half)
     configs = [(m.title, (m.name, "", half.rank)) for m in ALONE]
     configs += [(m.title, (m.name, "best", half.rank)) for m in BASELINES]
     configs += [(METHODS[n].title, (n, "best", half.rank)) for n in half.designs[1:]]
     shown = [(title, cells.difference(config, mine)) for title, config in configs if cells.of(*config)]
     shown = sorted([s for s in shown if s[1].pairs], key=lambda s: s[1].value)
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(13, 5.2), constrained_layout=True)
     for y, (_, i) in enumerate(shown):
-        left.plot([100 * i.low, 100 * i.high], [y, y], color="C0")
-        left.plot([100 * i.value], [y], "o", color="C0", markersize=4)
-    left.axvline(0, color="black", linewidth=1)
-    left.set_yticks(range(len(shown)), [title for title, _ in shown], fontsize=7)
-    left.set(xlabel="points less ours", title=f"{half.name}: each at its best by validation rows (95 %)")
+        axes.plot([100 * i.low, 100 * i.high], [y, y], color="C1")
+        axes.plot([100 * i.value], [y], "o", color="C1", markersize=4)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(range(len(shown)), [fill(title, 46) for title, _ in shown], fontsize=7)
+    axes.set(xlabel="points less ours", title="each at its best by validation rows (95 %)")
+
+
+def _depth(axes: Any, half: Half, cells: Cells) -> None:
     for n, pair in enumerate(half.pairs("final")):
-        found = [
-            r for (p, _), r in cells.of(half.designs[0], "ones", half.rank).items() if p == pair and "domain_share" in r
-        ]
-        for row in found:
-            right.plot(
-                [1, 2, 3],
-                row["domain_share"],
-                "-o",
-                color=f"C{n}",
-                markersize=3,
-                label=pair if row is found[0] else None,
-            )
-    right.set(xticks=[1, 2, 3], xticklabels=["first", "middle", "last"], xlabel="third of the depth")
-    right.set(ylabel="domain's share of the gate", title="The gate over depth, a line a seed")
-    right.grid(alpha=0.3)
-    if right.get_legend_handles_labels()[0]:
-        right.legend(fontsize=7)
-    return png(figure)
+        rows = cells.of(half.designs[0], "ones", half.rank).items()
+        for k, shares in enumerate(r["domain_share"] for (p, _), r in rows if p == pair and "domain_share" in r):
+            axes.plot([1, 2, 3], shares, "-o", color=f"C{n}", markersize=3, label=None if k else pair)
+    axes.set(xticks=[1, 2, 3], xticklabels=["first", "middle", "last"], xlabel="third of the depth")
+    axes.set(ylabel="domain's share of the gate", title="the gate over depth, a line a seed")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)

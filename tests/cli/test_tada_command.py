@@ -18,6 +18,7 @@ from loralloy.live.scoring import encode_answer
 from loralloy.merging import Tada, merge
 from loralloy.weighting import balance
 from loralloy.weighting import tada as composing
+from loralloy.weighting.common import freed_bank
 from loralloy.weighting.gating import Gate
 from loralloy.weighting.general_texts import GENERAL
 from loralloy.weighting.probed import probe, text_batches
@@ -62,7 +63,8 @@ def run(cli, world, texts):
 
 def test_it_writes_the_gated_merge_as_a_standard_adapter(run, cli, world, texts, tmp_path):
     out = tmp_path / "made"
-    ran = run("-o", out, "--json", "--save-weights", tmp_path / "gates.json", "--plot", tmp_path / "gates.png")
+    more = ["--save-weights", tmp_path / "gates.json", "--plot", tmp_path / "gates.png"]
+    ran = run("-o", out, "--json", "--conflict", "shared", "--common", 0, *more)
     assert ran.code == 0, ran
     data = json.loads(ran.out)
     assert sorted(p.name for p in out.iterdir()) == [
@@ -87,6 +89,26 @@ def test_it_writes_the_gated_merge_as_a_standard_adapter(run, cli, world, texts,
     assert got.content_hash == Adapter.load(tmp_path / "again").content_hash
 
 
+def test_by_default_the_domain_is_freed_of_one_direction_and_nothing_is_discarded(run, world, texts, tmp_path):
+    ran = run("-o", tmp_path / "a", "--inputs", 100, "--save-weights", tmp_path / "w.json")
+    assert ran.code == 0, ran
+    assert "rule tada(conflict=none" in ran.out and "discarded" not in ran.out and "freed of the directions" in ran.out
+    bank = Bank.load([world.bank / "spam", world.bank / "weather"])
+    model, tokenizer = load_base(str(world.model), "float32", "cpu")
+    rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    readings = probe(model, bank, text_batches(tokenizer, rows, 8, 64), common=1)
+    weights = Gate().weights(readings)
+    saved = Weights.load(tmp_path / "w.json")
+    want = merge(freed_bank(bank, readings.common, 1, ["weather"]), weights, Tada(conflict="none")).adapter
+    kept = merge(bank, weights, Tada(conflict="none")).adapter
+    got = Adapter.load(tmp_path / "a")
+    for m in bank.modules:
+        assert saved.of("weather", m) == pytest.approx(weights.of("weather", m), rel=1e-4)
+        assert relative(got[m].dense(), want[m].dense()) < 2e-3
+    assert max(relative(kept[m].dense(), want[m].dense()) for m in bank.modules) > 0.05
+    assert not (tmp_path / "a/recipe.yaml").exists()
+
+
 def test_the_gates_are_the_librarys(run, world, texts, tmp_path):
     """The texts that are drawn are rows of the file; general texts are the built-in ones."""
     run(
@@ -100,12 +122,14 @@ def test_the_gates_are_the_librarys(run, world, texts, tmp_path):
         1,
         "--by",
         "layer",
+        "--reference",
+        "general",
     )
     bank = Bank.load([world.bank / "spam", world.bank / "weather"])
     model, tokenizer = load_base(str(world.model), "float32", "cpu")
     rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
     seen, general = (probe(model, bank, text_batches(tokenizer, t, 8, 64)) for t in (rows, GENERAL))
-    want = Gate(temperature=1.0, by="layer").weights(seen, general)
+    want = Gate(temperature=1.0, by="layer", reference="general").weights(seen, general)
     got = Weights.load(tmp_path / "w.json")
     for m in bank.modules:
         assert got.of("spam", m) == pytest.approx(want.of("spam", m), rel=1e-4)
@@ -164,6 +188,8 @@ def test_what_is_refused_is_refused_before_any_work(run, texts, tmp_path):
     assert (taken / "notes.txt").read_text() == "mine"
     run("-o", tmp_path / "x", "--gate", "soft").refused("kind of the gate is 'soft'", "probe")
     run("-o", tmp_path / "x", "--scale", "one").refused("--scale 'one'")
+    run("-o", tmp_path / "x", "--threshold", 0.2).refused("--threshold", "--conflict shared")
+    run("-o", tmp_path / "x", "--general", texts).refused("--general", "--reference general")
     run("-o", tmp_path / "x", "--conflict", "all").refused("conflict 'all' of tada", "shared")
     run("-o", tmp_path / "x", "--rule", "ties", "--conflict", "none").refused("ties has no parameter 'conflict'")
     run("-o", tmp_path / "x", "--column", "body").refused("domain.jsonl, line 1: no column 'body'", "text, label")
@@ -171,7 +197,7 @@ def test_what_is_refused_is_refused_before_any_work(run, texts, tmp_path):
     run("-o", tmp_path / "x", adapters=("spam",)).refused("one adapter is nothing to gate")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    run("-o", tmp_path / "x", "--general", empty).refused("empty.jsonl has no text")
+    run("-o", tmp_path / "x", "--reference", "general", "--general", empty).refused("empty.jsonl has no text")
     assert not (tmp_path / "x").exists()
 
 
@@ -218,8 +244,8 @@ def test_answers_are_balanced_and_common_directions_taken_away(run, world, tmp_p
         return model.get_output_embeddings().weight[[encode_answer(tokenizer, label)[1] for label in labels]].detach()
 
     monkeypatch.setattr(balance, "text_directions", second)
-    plain = run("-o", tmp_path / "plain", "--json")
-    ran = run("-o", tmp_path / "a", "--balance", "--task", task, "--json")
+    plain = run("-o", tmp_path / "plain", "--json", "--common", 0)
+    ran = run("-o", tmp_path / "a", "--balance", "--task", task, "--json", "--common", 0)
     assert ran.code == 0, ran
     found = json.loads(ran.out)
     told = found["balance"]
@@ -232,7 +258,7 @@ def test_answers_are_balanced_and_common_directions_taken_away(run, world, tmp_p
     assert two.provenance["merge"]["weights_source"] == "probed"
     assert f"Balanced afterwards at `{told['module']}`" in (tmp_path / "a/README.md").read_text()
     assert not (tmp_path / "a/recipe.yaml").exists() and any("no recipe.yaml" in note for note in found["notes"])
-    free = run("-o", tmp_path / "b", "--common", 2, "--common-of", "domain")
+    free = run("-o", tmp_path / "b", "--common", 2)
     assert free.code == 0 and "freed of the directions that all inputs share" in free.out and "spam" in free.out
     three = Adapter.load(tmp_path / "b")
     card = (tmp_path / "b/README.md").read_text()

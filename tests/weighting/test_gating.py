@@ -163,9 +163,9 @@ def test_wrong_settings_are_refused():
         with pytest.raises(LoralloyError, match=f"{field} of the gate"):
             Gate(**{field: value})
     with pytest.raises(LoralloyError, match="needs readings of general inputs"):
-        Gate().weights(readings())
+        Gate(reference="general").weights(readings())
     with pytest.raises(LoralloyError, match="other adapters or modules"):
-        Gate().weights(readings(), readings(3))
+        Gate(reference="general").weights(readings(), readings(3))
     with pytest.raises(LoralloyError, match="scale of the gate has 3 numbers for 2 adapters"):
         plain(scale=(1.0, 1.0, 1.0)).weights(readings())
     silent = readings()

@@ -48,7 +48,7 @@ def tada(
     gate: Annotated[
         str, typer.Option(help="probe, norm, uniform, ramp, falling or shuffled.", rich_help_panel=GATE)
     ] = "probe",
-    reference: Annotated[str, typer.Option(help="general, base or none.", rich_help_panel=GATE)] = "general",
+    reference: Annotated[str, typer.Option(help="general, base or none.", rich_help_panel=GATE)] = "none",
     temperature: Annotated[float, typer.Option(help="Large makes the adapters alike.", rich_help_panel=GATE)] = 2.0,
     smooth: Annotated[float, typer.Option(help="Width of the mean over depth, in layers.", rich_help_panel=GATE)] = 1.0,
     standardise: Annotated[str, typer.Option(help="spread, centre or none.", rich_help_panel=GATE)] = "spread",
@@ -85,18 +85,18 @@ def tada(
             help="How many input directions that all texts share the adapters are freed of, at every module.",
             rich_help_panel=MERGE,
         ),
-    ] = 0,
+    ] = 1,
     common_of: Annotated[
         str,
         typer.Option(help="Which adapters --common frees: all, or domain (all but the first).", rich_help_panel=MERGE),
-    ] = "all",
+    ] = "domain",
     rule: Annotated[str, typer.Option(help="Any rule of `loralloy rules`.", rich_help_panel=MERGE)] = "tada",
     conflict: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
             help="shared, owned, cosine, opposed, output or none; see `loralloy rules tada`.",
             rich_help_panel=MERGE,
-            show_default="shared",
+            show_default="none",
         ),
     ] = None,
     threshold: Annotated[
@@ -122,7 +122,8 @@ def tada(
     """Merge a task adapter and a domain adapter by what the base shows on the domain's texts; nothing is trained.
 
     One pass of the base over the texts says how each adapter would answer, by layer and projection; that gates their weights.
-    What opposes each other is discarded, and the rest is one standard PEFT adapter. Causal language models; others in Python.
+    The domain's adapters are freed of what all texts share, and the sum is one standard PEFT adapter. Causal language models;
+    others in Python.
 
     Example: loralloy tada bank/qa bank/biomed -m MODEL -c abstracts.jsonl -o merged --plot gates.png
 
@@ -146,6 +147,8 @@ def tada(
         _rule(rule, conflict, threshold),
     )
     wanted = parse_rank(rank)
+    if general is not None and not chosen.needs_general:
+        raise LoralloyError("--general gives the texts of --reference general; add that, or leave --general out")
     asked = _asked(level, balance, task)
     if common_of not in ("all", "domain"):
         raise LoralloyError(f"--common-of {common_of!r} is not known; choose one of all, domain")
@@ -280,8 +283,14 @@ def shortened(tokenizer: Any, text: str, most: int) -> str:
 
 def _rule(name: str, conflict: str | None, threshold: float | None) -> Any:
     from ..merging import get_rule
+    from ..merging.tada import RULE
+    from ..weighting.tada import GATED_SUM
 
     given = {key: value for key, value in (("conflict", conflict), ("threshold", threshold)) if value is not None}
+    if name == RULE.name and conflict is None:
+        if threshold is not None:
+            raise LoralloyError("--threshold says how strong a conflict must be; say which with --conflict shared")
+        return GATED_SUM
     return get_rule(name)(**given)
 
 

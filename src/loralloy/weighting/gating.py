@@ -61,7 +61,8 @@ _RAMP = float(np.log(0.7 / 0.3))  # log odds of the two ends
 
 @dataclass(frozen=True)
 class Gate:
-    """How signals become weights; the defaults are reasoned, not tuned.
+    """How signals become weights. The defaults are reasoned; that nothing is divided out was chosen on development pairs
+    (docs/tada.md).
 
     Attributes:
         kind: one of KINDS.
@@ -78,7 +79,7 @@ class Gate:
     """
 
     kind: Kind = "probe"
-    reference: Literal["none", "general", "base"] = "general"
+    reference: Literal["none", "general", "base"] = "none"
     temperature: float = 2.0
     smooth: float = 1.0
     standardise: Literal["spread", "centre", "none"] = "spread"

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from ..bank import Bank
 
 
+GATED_SUM = RULE(conflict="none")  # removal of conflicts has added nothing that could be measured (docs/tada.md)
+COMMON = 1  # directions that the domain's adapters are freed of
 _LEFT = 1e-6  # of ||dW||_F^2: an adapter of which less is left is nothing but rounding
 
 
@@ -82,10 +84,10 @@ def compose(
     *,
     general: Iterable[Batch] | None = None,
     gate: Gate | None = None,
-    rule: Rule = RULE,
+    rule: Rule = GATED_SUM,
     judge: Literal["weights", "activations"] = "weights",
-    common: int = 0,
-    common_of: Literal["all", "domain"] = "all",
+    common: int | None = None,
+    common_of: Literal["all", "domain"] = "domain",
     answers: Answers | None = None,
     levels: Sequence[float] = LEVELS,
     directions: Tensor | None = None,
@@ -108,14 +110,16 @@ def compose(
         calibration: the model's arguments for each batch of the domain's inputs (32 inputs are the paper's number); no
             labels are read. :func:`.probed.text_batches` makes them of texts.
         out: a folder to write, or None. It also holds a recipe.yaml with the gates, which repeats the merge without a model.
-        general: batches of inputs of no domain, for gates whose `reference` is "general" (the default).
+        general: batches of inputs of no domain, for gates whose `reference` is "general".
         gate: how the probe becomes weights; None for the defaults.
-        rule: `tada` with its parameters, or any other: the gates are plain weights.
+        rule: `tada` with its parameters (here without removing conflicts unless told), or any other: the gates are plain
+            weights.
         judge: what conflicts of `tada` are judged on: dW, or what it answers to the calibration inputs (see
             :func:`loralloy.merging.tada.resolve`), which no recipe can repeat: `out` must be None then, and
             ``merged.adapter`` be saved.
         common: how many directions that the calibration inputs have in common the adapters are freed of before they are merged
-            (ours; see :mod:`.common`); the gates are of the adapters as they came. No recipe repeats it: none is written.
+            (ours; see :mod:`.common`); the gates are of the adapters as they came. No recipe repeats it: none is written. None
+            is 1, and 0 where conflicts are judged on activations.
         common_of: all adapters are freed, or all but the first.
         answers: the model's answers to unlabelled inputs, by which the level of all weights is chosen from `levels` (ours; see
             :func:`.levels.choose_level`); None, or no `levels`, leaves the gate's.
@@ -135,6 +139,7 @@ def compose(
     if gate.needs_general and general is None:
         raise LoralloyError("reference 'general' needs inputs of no domain; give them (`general`), or reference 'none'")
     on_activations = judge == "activations"
+    common = (0 if on_activations else COMMON) if common is None else common
     if on_activations and (rule.name != RULE.name or out is not None):
         raise LoralloyError(
             "conflicts are judged on activations by the rule 'tada' alone, and no recipe can repeat it: pass no `out`, and "
@@ -231,7 +236,8 @@ def compose(
         )
     if not alone and out is not None:
         notes.append(
-            "no recipe.yaml is written: common directions and balanced answers are only to be had from the model"
+            "no recipe.yaml is written: common directions and balanced answers are only to be had from the model (--common 0, "
+            "without --balance, writes one)"
         )
     found = conflicts_of(job, seen)
     return Outcome(
