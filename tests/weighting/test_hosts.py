@@ -146,7 +146,7 @@ def never():
     [
         (["q_proj", "v_proj"], {}, "no linear module that writes 32 numbers"),
         (["down_proj"], {"rank": 1}, "the merge has rank 1"),
-        (["down_proj"], {"common": -1}, "-1 of 'all'; give a number of 0 or more"),
+        (["down_proj"], {"common": -1}, "-1 of 'domain'; give a number of 0 or more"),
         (["down_proj"], {"common_of": "task"}, "of 'all' or 'domain'"),
     ],
 )
