@@ -49,9 +49,8 @@ class Bench:
 _IMAGES = {part: {"r": 3}.get(part, 5) for part in PARTS if part != "f"}
 _TEXT = {
     "own": 5, "a": 5, "draws": 5, "joint": 5, "alone": 5, "c": 3, "large": 5, "e": 3, "z": 3, "b": 3, "seq": 2, "seqs": 2, "r": 2,
-    "v": 4,
 }  # fmt: skip
-_SECOND = {part: min(count, 3) for part, count in _TEXT.items() if part not in ("r", "v")}
+_SECOND = {part: min(count, 3) for part, count in _TEXT.items() if part != "r"}
 _OF_TEXT: dict[str, Any] = {"validation": 100, "rows_at_once": 64, "zero": (3.0,)}
 BENCHES = {
     b.name: b

@@ -251,10 +251,13 @@ def card(
         lines.append("")
     told = recorded.get("tada") or {}
     if told.get("freed"):
-        lines += [
-            f"Its parents were freed of {told['freed']['directions']} directions a module that their inputs shared.",
-            "",
-        ]
+        count, who = told["freed"]["directions"], ", ".join(told["freed"]["share"])
+        what = (
+            "a direction of each module that all inputs shared"
+            if count == 1
+            else f"{count} directions of each module that all inputs shared"
+        )
+        lines += [f"Freed before the merge of {what}: {who}.", ""]
     if (even := told.get("balanced") or recorded.get("balanced")) and even["after"] != even["before"]:
         lines += [
             f"Balanced afterwards at `{even['module']}`: the errors above are of the merge before that.",

@@ -262,7 +262,7 @@ def test_answers_are_balanced_and_common_directions_taken_away(run, world, tmp_p
     assert free.code == 0 and "freed of the directions that all inputs share" in free.out and "spam" in free.out
     three = Adapter.load(tmp_path / "b")
     card = (tmp_path / "b/README.md").read_text()
-    assert "freed of 2 directions" in card and "Balanced" not in card
+    assert "Freed before the merge of 2 directions" in card and "shared: weather." in card and "Balanced" not in card
     assert set(three.provenance["tada"]["freed"]["share"]) == {"weather"}
     assert any(not torch.equal(one[m].dense(), three[m].dense()) for m in one)
     assert "answers balanced at " in run("-o", tmp_path / "a", "--balance", "--task", task, "--overwrite").out
