@@ -15,6 +15,7 @@ from loralloy.continual.results import Mean
 from loralloy.errors import LoralloyError
 
 _ABSENT = {"draw": 0}
+ALONE = ("own", "joint")  # cells of adapters as they are
 _DROPPED = ("correct", "searched", "version", "bench", "adapters")
 
 
@@ -63,15 +64,23 @@ class Cells:
 def joined(kept: list[Row], new: list[Row], said: str) -> list[Row]:
     """Cells of an earlier page and of adapters that were made again since: those of both, a cell that both have once.
 
-    What shows that the adapters are the same are the cells that evaluate them alone, own and joint, which `new` must have for
-    all of its seeds and heads, and which must agree row by row's count. said: what the error calls them.
+    What shows that the adapters are the same are the cells that evaluate them alone, own and joint: `new` must have them for all
+    seeds and heads that the page has, and they must agree. A bench without such cells is timed and of one run: its new cells
+    stand for all. said: what the error calls them.
     Raises LoralloyError where they do not agree, or where nothing shows it.
     """
+    alone = {
+        (r["cell"]["seed"], r["cell"].get("head", "random"), r["cell"]["how"])
+        for r in kept
+        if r["cell"]["how"] in ALONE
+    }
+    if not alone:
+        return new or kept
     known = {cell_name(row["cell"]): row for row in kept}
     shown = set()
     for row in new:
         cell, old = row["cell"], known.get(cell_name(row["cell"]))
-        if old is None or cell["how"] not in ("own", "joint"):
+        if old is None or cell["how"] not in ALONE:
             continue
         if any(old[split] != row[split] for split in ("test", "validation")):
             raise LoralloyError(
@@ -80,11 +89,11 @@ def joined(kept: list[Row], new: list[Row], said: str) -> list[Row]:
         shown.add((cell["seed"], cell.get("head", "random"), cell["how"]))
     for row in new:
         cell = row["cell"]
-        for how in ("own", "joint"):
-            if (cell["seed"], cell.get("head", "random"), how) not in shown:
+        for how in ALONE:
+            if (one := (cell["seed"], cell.get("head", "random"), how)) in alone and one not in shown:
                 raise LoralloyError(
-                    f"{said}: nothing shows that {cell_name(cell)} is of the page's adapters; run --parts alone too, "
-                    f"or write the page without --add"
+                    f"{said}: nothing shows that {cell_name(cell)} is of the page's adapters; run.py --beside makes the cells "
+                    "that do, or write the page without --add"
                 )
     fresh = {cell_name(row["cell"]): row for row in new}
     return list({**fresh, **known}.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import stamp
 from cells import Cell, Job, cell_name
 from parts import rank
 from plan import BENCHES, Bench, groups, toy
+from results import ALONE
 from work import Site
 
 from loralloy.continual.experience import DomainStream
+from loralloy.errors import LoralloyError
 from queue_cells import Piece
 from sites import Group, SiteWorker
 
@@ -31,23 +33,26 @@ def opened(name: str, options: argparse.Namespace) -> tuple[Bench, DomainStream]
     return bench, stream
 
 
-def missing(queue: Sequence[Group], docs: Path) -> list[Group]:
-    """What of a queue the pages' .json files do not have, with the trainings that it needs.
+def missing(queue: Sequence[Group], docs: Path, chosen: Callable[[Group], bool]) -> list[Group]:
+    """What of the chosen groups of a queue the pages' .json files do not have, with the trainings that it needs.
 
     Of the seeds and heads of what is missing, the cells of own and joint adapters are made again: they show that the adapters
-    are the pages' (`results.joined`).
+    are the pages' (`results.joined`). Raises LoralloyError for a folder without the pages of the queue's benches.
     """
     kept: set[tuple[str, str]] = set()
     for file in docs.glob("adaptive-*.json"):
         for bench, rows in json.loads(file.read_text(encoding="utf-8"))["cells"].items():
             kept |= {(bench, cell_name(row["cell"])) for row in rows}
-    every = [(group.site, cell) for group in queue for cell in group.cells]
-    of = {(site, cell.seed, cell.head) for site, cell in every if (site, cell.name) not in kept}
-    kept -= {(site, c.name) for site, c in every if c.how in ("own", "joint") and (site, c.seed, c.head) in of}
+    if lacking := {group.site for group in queue} - {bench for bench, _ in kept}:
+        raise LoralloyError(f"--beside {docs}: no adaptive-*.json there has cells of {', '.join(sorted(lacking))}")
+    every = [(group, cell) for group in queue for cell in group.cells]
+    wanted = {(g.site, c.name) for g, c in every if chosen(g)} - kept
+    of = {(g.site, c.seed, c.head) for g, c in every if (g.site, c.name) in wanted}
+    wanted |= {(g.site, c.name) for g, c in every if c.how in ALONE and (g.site, c.seed, c.head) in of}
     needed: set[tuple[str, str]] = set()
     found = []
     for group in reversed(queue):  # training stands before what needs it
-        cells = tuple(cell for cell in group.cells if (group.site, cell.name) not in kept)
+        cells = tuple(cell for cell in group.cells if (group.site, cell.name) in wanted)
         jobs = group.jobs if any((group.site, job.name) in needed for job in group.jobs) else ()
         if cells or jobs:
             needed |= {(group.site, job.name) for job in group.needs}
@@ -62,13 +67,16 @@ class Worker(SiteWorker):
     def wanted(options: argparse.Namespace) -> list[Group]:
         found = []
         for n, name in enumerate(options.bench):
-            for group in groups(*opened(name, options)):
-                if options.parts is not None and group.part not in options.parts:
-                    continue
-                if options.seeds is None or group.seed in options.seeds:
-                    found.append((rank(group), n, group))
+            found += [(rank(group), n, group) for group in groups(*opened(name, options))]
         queue = [group for _, _, group in sorted(found, key=lambda item: item[:2])]
-        return queue if options.beside is None else missing(queue, options.beside)
+
+        def chosen(group: Group) -> bool:
+            parts, seeds = options.parts, options.seeds
+            return (parts is None or group.part in parts) and (seeds is None or group.seed in seeds)
+
+        if options.beside is not None:
+            return missing(queue, options.beside, chosen)
+        return [group for group in queue if chosen(group)]
 
     @staticmethod
     def adapter(out: Path, group: Group, job: Job) -> Piece:

@@ -233,3 +233,11 @@ def test_what_the_page_has_is_left_out_with_the_trainings_that_nothing_needs(har
     assert needed <= jobs and not any("-then-" in name for name in jobs) and any(g.part == "own" for g in left)
     places = [harness.parts.rank(g)[0] for g in left]
     assert places == sorted(places)
+
+    def counted(*more):
+        some = harness.worker.Worker.wanted(harness.run.parser().parse_args([*words, *more]))
+        return [c for g in some for c in g.cells]
+
+    assert counted("--parts", "r") == cells and not counted("--parts", "alone") and not counted("--seeds", "0")
+    with pytest.raises(LoralloyError, match=r"no adaptive-.*json there has cells of emoji4"):
+        harness.worker.Worker.wanted(harness.run.parser().parse_args([*words[:-1], str(tmp_path / "none")]))

@@ -291,7 +291,7 @@ def test_cells_are_added_to_those_of_the_page_where_the_adapters_are_the_same(ha
     assert (docs / "adaptive-emoji.md").read_text() == whole
 
     lay(late)
-    with pytest.raises(LoralloyError, match=r"nothing shows that .* is of the page's adapters; run --parts alone"):
+    with pytest.raises(LoralloyError, match=r"nothing shows that .* is of the page's adapters; run.py --beside"):
         harness.report.main([*words, "--add"])
     other = json.loads(json.dumps(same))
     domain = next(iter(other[0]["test"]))
@@ -300,3 +300,13 @@ def test_cells_are_added_to_those_of_the_page_where_the_adapters_are_the_same(ha
     with pytest.raises(LoralloyError, match="is not what the page has: other adapters"):
         harness.report.main([*words, "--add"])
     assert (docs / "adaptive-emoji.md").read_text() == whole
+
+
+def test_what_a_page_lacks_altogether_is_added_and_a_timed_bench_is_of_one_run(harness):
+    joined = harness.results.joined
+    every = made_up(harness.cells)
+    first, second = ([one for one in every if one["cell"]["seed"] == seed] for seed in SEEDS)
+    assert len(joined(first, second, "x")) == len(every)  # the page has nothing of that seed to compare with
+    assert joined(first, [], "x") == first
+    growth = [one for one in every if one["cell"]["how"] == "learned"]
+    assert joined(growth, growth[:2], "x") == growth[:2] and joined(growth, [], "x") == growth

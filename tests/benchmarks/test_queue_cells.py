@@ -175,7 +175,11 @@ def test_a_file_named_stop_ends_it_after_what_has_begun(made, tmp_path):
     queue.work = work
     queue.run()
     assert queue.log == ["a", "b"] and sorted(p.name for p in (tmp_path / "done").iterdir()) == ["a", "b"]
-    (tmp_path / "stop").unlink()
+    command = importlib.import_module("queue_command")
+    options = SimpleNamespace(until=0.0, out=tmp_path, jobs=0, gpus=1, pack=None, grace=0.0)
+    with pytest.raises(ValueError):  # of no processes there is no worst exit code; the file is gone by then
+        command.launch("run.py", [], options, lambda: 0)
+    assert not (tmp_path / "stop").exists()
     again = made([(("a", "b", "c"), ()), (("d",), ())])
     again.run()
     assert again.log[:2] == ["c", "d"]

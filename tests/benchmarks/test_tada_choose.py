@@ -31,20 +31,25 @@ def test_the_best_balanced_on_both_halves_are_written(tada, tmp_path, monkeypatc
                     for at, right in (("balanced", score), ("ones", 1.0 - score)):
                         file = folder / f"{name}-{pair.replace('>', '-')}-{seed}-{at}.json"
                         file.write_text(json.dumps({"cell": {**cell, "at": at}, "test": right}))
-    next((tmp_path / "cells/vision-develop").glob("freed-*-balanced.json")).unlink()
-    assert choose.main(["--cells", str(tmp_path / "cells")]) == 0
-    assert yaml.safe_load((tmp_path / "pairs.yaml").read_text()) == before
+    late = next((tmp_path / "cells/vision-develop").glob("freed-*-balanced.json"))
+    kept = late.read_text()
+    late.unlink()
     first = [n for n in names if n != choose.ALWAYS][:2]
-    assert capsys.readouterr().out.rstrip().endswith(f"designs: gated_iso_c, {', '.join(first)}, default")
-    assert choose.main(["--cells", str(tmp_path / "cells"), "--write"]) == 0
-    assert yaml.safe_load((tmp_path / "pairs.yaml").read_text()) == {
-        **before,
-        "designs": ["gated_iso_c", *first, "default"],
-    }
+    words = ["--cells", str(tmp_path / "cells")]
+    assert choose.main(words) == 0
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith(f"designs: gated_iso_c, {', '.join(first)}, default") and "| nan |" in said
+    with pytest.raises(LoralloyError, match="the development cells of freed are not all there"):
+        choose.main([*words, "--write"])
+    assert yaml.safe_load((tmp_path / "pairs.yaml").read_text()) == before
+    late.write_text(kept)
+    assert choose.main([*words, "--write"]) == 0
+    want = ["freed", "gated_iso_c", first[0], "default"]
+    assert yaml.safe_load((tmp_path / "pairs.yaml").read_text()) == {**before, "designs": want}
 
 
-def test_no_whole_design_and_no_line_are_errors(tada, tmp_path):
-    with pytest.raises(LoralloyError, match="no design has all its development cells"):
-        tada.choose.main(["--cells", str(tmp_path)])
+def test_cells_that_are_not_there_and_no_line_are_errors(tada, tmp_path):
+    with pytest.raises(LoralloyError, match=r"the development cells of default, plain, .* are not all there"):
+        tada.choose.main(["--cells", str(tmp_path), "--write"])
     with pytest.raises(LoralloyError, match="2 lines"):
         tada.choose.written("designs: [a]\ndesigns: [b]\n", ["c"])

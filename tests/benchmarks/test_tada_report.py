@@ -216,3 +216,23 @@ def test_verdicts_and_the_page(tada, tmp_path, capsys):
     assert tada.report.main([*words, "--again"]) == 0
     assert (tmp_path / "docs/tada-language.md").read_text() == first
     assert "language: domain dominance grows with depth: it falls" in capsys.readouterr().out
+
+
+def test_what_freeing_adds_is_told_against_the_same_design_without_it(tada):
+    import dataclasses
+
+    half = dataclasses.replace(tada.plan.load("language"), designs=("freed", "plain"))
+    level = {("freed", "ones"): 0.8, ("plain", "ones"): 0.7, ("freed", "balanced"): 0.82, ("plain", "balanced"): 0.82}
+    rows = []
+    for (method, at), score in level.items():
+        for pair in half.pairs("final"):
+            for seed in half.seeds:
+                right = "1" * round(100 * score) + "0" * round(100 * (1 - score))
+                cell = {"pair": pair, "seed": seed, "rank": half.rank, "method": method, "at": at}
+                rows.append({"cell": cell, "test": score, "correct": right})
+    cells = tada.results.Cells(rows)
+    what, said, verdict = tada.claims._freeing(half, cells)
+    assert what.startswith("freeing the domain adapter") and verdict == "met"
+    assert said.startswith("+10.0 [") and "both balanced +0.0 [" in said
+    assert tada.claims._freeing(dataclasses.replace(half, designs=("plain",)), cells) is None
+    assert tada.claims._freeing(half, tada.results.Cells([])) is None

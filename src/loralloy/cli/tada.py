@@ -82,7 +82,7 @@ def tada(
         int,
         typer.Option(
             min=0,
-            help="How many input directions that all texts share the adapters are freed of, at every module.",
+            help="How many input directions that all texts share the adapters are freed of, at every module; 0 writes a recipe.",
             rich_help_panel=MERGE,
         ),
     ] = 1,
@@ -90,7 +90,12 @@ def tada(
         str,
         typer.Option(help="Which adapters --common frees: all, or domain (all but the first).", rich_help_panel=MERGE),
     ] = "domain",
-    rule: Annotated[str, typer.Option(help="Any rule of `loralloy rules`.", rich_help_panel=MERGE)] = "tada",
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="Any rule of `loralloy rules`; it gets the adapters that --common leaves.", rich_help_panel=MERGE
+        ),
+    ] = "tada",
     conflict: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -148,7 +153,9 @@ def tada(
     )
     wanted = parse_rank(rank)
     if general is not None and not chosen.needs_general:
-        raise LoralloyError("--general gives the texts of --reference general; add that, or leave --general out")
+        raise LoralloyError(
+            "--general gives the texts of --reference general, with --gate probe or shuffled; add that, or leave --general out"
+        )
     asked = _asked(level, balance, task)
     if common_of not in ("all", "domain"):
         raise LoralloyError(f"--common-of {common_of!r} is not known; choose one of all, domain")
@@ -287,7 +294,7 @@ def _rule(name: str, conflict: str | None, threshold: float | None) -> Any:
     from ..weighting.tada import GATED_SUM
 
     given = {key: value for key, value in (("conflict", conflict), ("threshold", threshold)) if value is not None}
-    if name == RULE.name and conflict is None:
+    if name == RULE.name and conflict in (None, "none"):
         if threshold is not None:
             raise LoralloyError("--threshold says how strong a conflict must be; say which with --conflict shared")
         return GATED_SUM

@@ -69,7 +69,7 @@ def show(outcome: Outcome, data: dict[str, Any], stdout: Any) -> None:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in data["freed"].items())
         line(f"freed of the directions that all inputs share; of ||dW||^2 that took {shares}")
     line(f"rule {data['rule']}, rank {data['rank']}")
-    if data["conflicts"] and "conflict=none" not in data["rule"]:
+    if data["conflicts"]:
         made = Table(box=None, pad_edge=False)
         for title in ("layer", "components", "discarded", "directions cleared", "share of the sum removed"):
             made.add_column(title, justify="left" if title == "layer" else "right")

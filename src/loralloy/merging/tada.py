@@ -250,7 +250,7 @@ RULE = Rule(
     "tada",
     tada,
     "free the adapters' singular directions of what opposes them, add",
-    "a task adapter and a domain adapter, under the gates of `loralloy tada`",
+    "a task adapter and a domain adapter, under the gates of `loralloy tada` (there conflict is none unless told)",
     "this project, after the abstract of To et al. 2026 (arXiv 2606.05016)",
     acts_on="stack",
     spaces=("delta", "core"),

@@ -1,4 +1,4 @@
-"""TaDA from end to end: probe the adapters on the domain's inputs, gate them module by module, merge them without conflicts.
+"""TaDA from end to end: probe the adapters on the domain's inputs, gate them module by module, merge them.
 
 After the abstract of "TaDA: Calibrated Probe Gating for Task-Domain LoRA Merging" (To et al. 2026, arXiv 2606.05016). Its
 formulas are not public: those of :mod:`.probed`, :mod:`.gating` and :mod:`loralloy.merging.tada` are this project's own.
@@ -54,7 +54,7 @@ class Outcome:
         readings, general: what the probe saw of the domain's inputs and of the general ones.
         depth: for every adapter but the first, how its log odds against the first change with depth (no interval where the
             gate reads no probe).
-        conflicts: what the rule discarded, by module; empty for another rule than `tada`.
+        conflicts: what the rule discarded, by module; empty for a rule that discards nothing.
         seconds: of the probe, the gates, the level and the merge with its writing.
         level: how strong the merge is, where that was chosen.
         balanced: how the shift of the answers was taken out, where that was asked for.
@@ -84,7 +84,7 @@ def compose(
     *,
     general: Iterable[Batch] | None = None,
     gate: Gate | None = None,
-    rule: Rule = GATED_SUM,
+    rule: Rule | None = None,
     judge: Literal["weights", "activations"] = "weights",
     common: int | None = None,
     common_of: Literal["all", "domain"] = "domain",
@@ -109,11 +109,12 @@ def compose(
         model: the plain base.
         calibration: the model's arguments for each batch of the domain's inputs (32 inputs are the paper's number); no
             labels are read. :func:`.probed.text_batches` makes them of texts.
-        out: a folder to write, or None. It also holds a recipe.yaml with the gates, which repeats the merge without a model.
+        out: a folder to write, or None. With `common` 0 and no `directions` it also holds a recipe.yaml with the gates, which
+            repeats the merge without a model.
         general: batches of inputs of no domain, for gates whose `reference` is "general".
         gate: how the probe becomes weights; None for the defaults.
-        rule: `tada` with its parameters (here without removing conflicts unless told), or any other: the gates are plain
-            weights.
+        rule: `tada` with its parameters, or any other: the gates are plain weights. None is `tada` without removing conflicts,
+            and with it (`shared`) where they are judged on activations.
         judge: what conflicts of `tada` are judged on: dW, or what it answers to the calibration inputs (see
             :func:`loralloy.merging.tada.resolve`), which no recipe can repeat: `out` must be None then, and
             ``merged.adapter`` be saved.
@@ -139,11 +140,13 @@ def compose(
     if gate.needs_general and general is None:
         raise LoralloyError("reference 'general' needs inputs of no domain; give them (`general`), or reference 'none'")
     on_activations = judge == "activations"
+    rule = rule or (RULE if on_activations else GATED_SUM)
     common = (0 if on_activations else COMMON) if common is None else common
-    if on_activations and (rule.name != RULE.name or out is not None):
+    removes = rule.name == RULE.name and rule.values["conflict"] != "none"
+    if on_activations and (not removes or out is not None):
         raise LoralloyError(
-            "conflicts are judged on activations by the rule 'tada' alone, and no recipe can repeat it: pass no `out`, and "
-            "save the adapter that comes back"
+            "conflicts are judged on activations by the rule 'tada' alone, where it has some to remove, and no recipe can repeat "
+            "it: pass no `out`, and save the adapter that comes back"
         )
     if directions is not None and answers is None:
         raise LoralloyError("the answers' shift is measured on answers to unlabelled inputs; give `answers` too")
@@ -199,7 +202,7 @@ def compose(
     job = _recipe(adapters, own, settings).prepare()
     seen: list[Found] = []
     job = replace(job, given=weights, weights=weights, bank=bank)
-    if rule.name == RULE.name:
+    if removes:
         moments = in_order(job.plan(), readings) if on_activations else None
         job = replace(job, rule=watched(job.rule, seen, moments))
     alone = not common and directions is None  # what a recipe can repeat
