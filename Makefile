@@ -66,7 +66,10 @@ $(VENV_VLLM)/.ready: pyproject.toml constraints-vllm.txt
 	$(VENV_VLLM)/bin/python -m pip install -q --no-deps -e .
 	@touch $@
 
-test-vllm: setup $(VENV_VLLM)/.ready
+.assets/index/manifest.json: | setup
+	$(PY) -m loralloy index $(BANK_TASKS) -o .assets/index --rows 300
+
+test-vllm: setup $(VENV_VLLM)/.ready .assets/index/manifest.json
 	LORALLOY_VLLM_PYTHON=$(CURDIR)/$(VENV_VLLM)/bin/python $(PY) -m pytest -m vllm -s tests/vllm_plugin
 
 lint: $(VENV)/.ready

@@ -279,6 +279,7 @@ def test_answers_are_balanced_and_common_directions_taken_away(run, world, tmp_p
         (["--balance", "--task", "free.yaml"], "free.yaml: the task has no labels"),
         (["--balance", "--task", "spam.yaml", "--inputs", 1], "--balance compares the answers to at least two texts"),
         (["--common", 2, "--common-of", "task"], "--common-of 'task' is not known"),
+        (["--common", 0, "--common-of", "all"], "--common-of all says whom --common frees, and --common is 0"),
         (["--level", "auto", "--task", "free.yaml"], "free.yaml: the task has no labels"),
         (["--level", "auto", "--task", "pairs.yaml"], "pairs.yaml: the task asks with 2 columns ('text', 'other')"),
         (["--level", "auto", "--task", "spam.yaml", "--inputs", 1], "domain.jsonl gave one (--inputs 1)"),

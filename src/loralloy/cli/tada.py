@@ -159,6 +159,8 @@ def tada(
     asked = _asked(level, balance, task)
     if common_of not in ("all", "domain"):
         raise LoralloyError(f"--common-of {common_of!r} is not known; choose one of all, domain")
+    if common_of == "all" and not common:
+        raise LoralloyError("--common-of all says whom --common frees, and --common is 0; leave one of the two out")
     which: Any = common_of
     check_out(out.absolute(), overwrite)
     if plot is not None:
