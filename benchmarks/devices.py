@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
 
 def device_name(model: torch.nn.Module) -> str:
     device = next(model.parameters()).device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def cpu_name() -> str:
+    """The processor's name and family where the system says them, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.machine()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    name, family = fields.get("model name"), fields.get("cpu family")
+    return f"{name} (family {family})" if name and family else platform.machine()
 
 
 def wait() -> None:

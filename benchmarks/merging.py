@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from devices import cpu_name
 from loralloy.merging import get_rule, merge, merge_factors
 from loralloy.weights import Weights
 from merging_checks import COMPARED, checked
@@ -65,7 +66,8 @@ def timed(run: Callable[[], Any], device: str, times: int, warm: int = 2) -> lis
 APART = (
     "Each side is timed in a process of its own, the two in turns, one at a time. In one process they change each other's\n"
     "memory: our merge has glibc keep what is freed, which speeds PEFT up; a user runs\n"
-    "one of them. Medians and ranges of {runs} rounds after a warm-up; a ratio is that of the medians, its range that of\n"
+    "one of them. Where NumPy's AVX-512 selection is slow (AMD's Zen 4) it is left out, as the command `loralloy` does\n"
+    "(loralloy.processor). Medians and ranges of {runs} rounds after a warm-up; a ratio is that of the medians, its range that of\n"
     "the rounds. Garbage is collected before every run, on both sides, and results are dropped between them."
 )
 NOTE = (
@@ -99,7 +101,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     rows, more = (together if given.together else apart)(given)
     device, versions = given.device, f"torch {torch.__version__}, Python {platform.python_version()}{more}"
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {given.threads} threads"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {given.threads} threads"
     page = report(rows, f"{where}; {versions}; load before {load:.1f}", given)
     print(page)
     if given.write:

@@ -4,6 +4,9 @@
 {"rule": ..., "what": "rule" | "merge()"} is one run, in seconds. `benchmarks/merging.py cpu` holds one process of each side and
 asks in turns, so at most one of them is at work.
 
+As the command `loralloy` does, it has NumPy leave its AVX-512 code on a processor where that is slow (loralloy.processor; our side
+alone selects with NumPy).
+
 A process holds one side only, because the two change each other's memory: our merge has glibc keep what is freed (for the whole
 process), which speeds PEFT up. A user runs one of them.
 """
@@ -20,10 +23,14 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import nn
+from loralloy.processor import prefer_avx2
 
-from loralloy.factors import LoraFactors
+prefer_avx2()  # before torch, which imports NumPy
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from loralloy.factors import LoraFactors  # noqa: E402
 
 if TYPE_CHECKING:
     from loralloy.bank import Bank

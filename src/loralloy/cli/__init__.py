@@ -8,6 +8,7 @@ import sys
 import typer
 
 from ..errors import LoralloyError
+from ..processor import prefer_avx2
 from . import (
     ask,
     balance,
@@ -77,6 +78,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    prefer_avx2()
     try:
         app(prog_name="loralloy")
     except LoralloyError as error:
