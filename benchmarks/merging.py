@@ -67,8 +67,8 @@ APART = (
     "Each side is timed in a process of its own, the two in turns, one at a time. In one process they change each other's\n"
     "memory: our merge has glibc keep what is freed, which speeds PEFT up; a user runs\n"
     "one of them. Where NumPy's AVX-512 selection is slow (AMD's Zen 4) it is left out, as the command `loralloy` does\n"
-    "(loralloy.processor). Medians and ranges of {runs} rounds after a warm-up; a ratio is that of the medians, its range that of\n"
-    "the rounds. Garbage is collected before every run, on both sides, and results are dropped between them."
+    "(loralloy.processor). Medians and ranges of {runs} rounds after a warm-up; a ratio is that of the medians, its range that\n"
+    "of the rounds. Garbage is collected before every run, on both sides, and results are dropped between them."
 )
 NOTE = (
     "PEFT adds in bf16 here, ours in float32 with one rounding, hence the differences of 2e-3 below; in float32 the two agree\n"

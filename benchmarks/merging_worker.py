@@ -4,8 +4,8 @@
 {"rule": ..., "what": "rule" | "merge()"} is one run, in seconds. `benchmarks/merging.py cpu` holds one process of each side and
 asks in turns, so at most one of them is at work.
 
-As the command `loralloy` does, it has NumPy leave its AVX-512 code on a processor where that is slow (loralloy.processor; our side
-alone selects with NumPy).
+As the command `loralloy` does, it has NumPy leave its AVX-512 code on a processor where that is slow (loralloy.processor; our
+side alone selects with NumPy).
 
 A process holds one side only, because the two change each other's memory: our merge has glibc keep what is freed (for the whole
 process), which speeds PEFT up. A user runs one of them.
