@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from loralloy.processor import FEATURES, VARIABLE, zen4
+from loralloy.processor import VARIABLE, feature, zen4
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 EPYC = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nflags\t\t: fpu avx2 avx512f avx512bw\n"
@@ -37,10 +38,32 @@ def test_which_processors(old, new):
     assert not zen4("")
 
 
+@pytest.mark.parametrize(
+    ("release", "name"),
+    [
+        ("2.4.6", "X86_V4"),
+        ("2.10.0rc1", "X86_V4"),
+        ("3.0", "X86_V4"),
+        ("2.3.5", "AVX512F"),
+        ("2.0.2", "AVX512F"),
+        ("1.26.4", None),
+    ],
+)
+def test_what_a_release_calls_it(release, name):
+    assert feature(release) == name
+
+
 def said(tmp_path, text, before="", **more):
     (tmp_path / "cpuinfo").write_text(text)
     environment = {k: v for k, v in os.environ.items() if k != VARIABLE} | {"PYTHONPATH": str(SRC)} | more
-    command = [sys.executable, "-c", CODE.format(before=before), str(tmp_path / "cpuinfo")]
+    command = [
+        sys.executable,
+        "-W",
+        "error::ImportWarning",
+        "-c",
+        CODE.format(before=before),
+        str(tmp_path / "cpuinfo"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -49,7 +72,7 @@ def said(tmp_path, text, before="", **more):
 def test_it_is_asked_for_before_numpy_is_imported_and_selects_the_same(tmp_path):
     on = said(tmp_path, EPYC)
     off = said(tmp_path, EPYC.replace("AuthenticAMD", "GenuineIntel"))
-    assert on.startswith(f"True {FEATURES} [[") or on.startswith(f"True {FEATURES} [")
+    assert on.startswith(f"True {feature(version('numpy'))} [")
     assert off.startswith("False None [") and on.split("[", 1)[1] == off.split("[", 1)[1]
     assert said(tmp_path, EPYC, before="import numpy").startswith("False None")
     assert said(tmp_path, EPYC, **{VARIABLE: ""}).startswith("False  [")

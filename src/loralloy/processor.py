@@ -9,11 +9,16 @@ long. NumPy takes its code by the environment as it is when it is imported, so t
 from __future__ import annotations
 
 import os
+import re
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 VARIABLE = "NPY_DISABLE_CPU_FEATURES"
-FEATURES = "AVX512_SKX X86_V4"  # its names before NumPy 2.4 and since; one that a release does not know is passed over
+FEATURES = (
+    ((2, 4), "X86_V4"),
+    ((2, 0), "AVX512F"),
+)  # its name since a release; older ones have no AVX2 selection to take
 _AGAIN = "LORALLOY_STARTED_AGAIN"
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -26,6 +31,12 @@ def zen4(cpuinfo: str) -> bool:
         fields.setdefault(name.strip(), value.strip())
     amd = fields.get("vendor_id") == "AuthenticAMD" and fields.get("cpu family") == "25"
     return amd and "avx512f" in fields.get("flags", "").split()
+
+
+def feature(release: str) -> str | None:
+    """What a release of NumPy is asked to leave; None for one that has nothing better."""
+    numbers = tuple(int(n) for n in re.findall(r"\d+", release)[:2])
+    return next((name for since, name in FEATURES if numbers >= since), None)
 
 
 def prefer_avx2() -> bool:
@@ -43,10 +54,16 @@ def prefer_avx2() -> bool:
         return False
     if not zen4(text):
         return False
-    os.environ[VARIABLE] = FEATURES
+    try:
+        name = feature(version("numpy"))
+    except PackageNotFoundError:
+        return False
+    if name is None:
+        return False
+    os.environ[VARIABLE] = name
     try:
         import numpy  # noqa: F401
-    except (ImportError, RuntimeError):  # built for AVX-512 alone: it refuses, and cannot be imported twice
+    except (ImportError, RuntimeError, Warning):  # built for AVX-512 alone: it refuses, and cannot be imported twice
         del os.environ[VARIABLE]
         os.environ[_AGAIN] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
