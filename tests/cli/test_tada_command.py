@@ -89,9 +89,9 @@ def test_it_writes_the_gated_merge_as_a_standard_adapter(run, cli, world, texts,
     assert got.content_hash == Adapter.load(tmp_path / "again").content_hash
 
 
-def test_by_default_the_domain_is_freed_of_one_direction_and_nothing_is_discarded(run, world, texts, tmp_path):
+def test_by_default_the_domain_is_freed_of_one_direction_and_nothing_is_discarded(run, cli, world, texts, tmp_path):
     ran = run("-o", tmp_path / "a", "--inputs", 100, "--save-weights", tmp_path / "w.json")
-    assert ran.code == 0, ran
+    assert ran.code == 0 and "no recipe" not in ran.out, ran
     assert "rule tada(conflict=none" in ran.out and "discarded" not in ran.out and "freed of the directions" in ran.out
     bank = Bank.load([world.bank / "spam", world.bank / "weather"])
     model, tokenizer = load_base(str(world.model), "float32", "cpu")
@@ -106,7 +106,35 @@ def test_by_default_the_domain_is_freed_of_one_direction_and_nothing_is_discarde
         assert saved.of("weather", m) == pytest.approx(weights.of("weather", m), rel=1e-4)
         assert relative(got[m].dense(), want[m].dense()) < 2e-3
     assert max(relative(kept[m].dense(), want[m].dense()) for m in bank.modules) > 0.05
-    assert not (tmp_path / "a/recipe.yaml").exists()
+    # the recipe has what the model showed, and repeats the merge without it
+    recipe = yaml.safe_load((tmp_path / "a/recipe.yaml").read_text())
+    assert [e.get("freed", {}).get("path") for e in recipe["adapters"]] == [None, "freed.safetensors"]
+    again = cli("merge", tmp_path / "a/recipe.yaml", "-o", tmp_path / "again")
+    assert again.code == 0 and "adapter weather is freed of the directions in freed.safetensors" in again.out, again
+    assert Adapter.load(tmp_path / "again").content_hash == got.content_hash
+    assert got.provenance["tada"]["freed"]["directions"] == 1
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == sorted(p.name for p in (tmp_path / "a").iterdir())
+    third = cli("merge", tmp_path / "again/recipe.yaml", "-o", tmp_path / "third")
+    assert third.code == 0 and Adapter.load(tmp_path / "third").content_hash == got.content_hash
+    file = tmp_path / "a/freed.safetensors"
+    kept = file.read_bytes()
+    file.write_bytes((tmp_path / "again/adapter_model.safetensors").read_bytes())
+    cli("merge", tmp_path / "a/recipe.yaml", "-o", tmp_path / "x").refused(
+        "freed.safetensors has directions of none of the"
+    )
+    file.write_bytes(kept[:-4] + b"\0\0\0\0")
+    cli("merge", tmp_path / "a/recipe.yaml", "-o", tmp_path / "x").refused(
+        "is not the file that this recipe was locked to"
+    )
+    file.write_text("no")
+    cli("merge", tmp_path / "a/recipe.yaml", "-o", tmp_path / "x").refused(
+        "cannot be read as a safetensors file of directions"
+    )
+    file.unlink()
+    cli("merge", tmp_path / "a/recipe.yaml", "-o", tmp_path / "x").refused(
+        "recipe.yaml:", "freed.safetensors", "cannot be read"
+    )
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_gates_are_the_librarys(run, world, texts, tmp_path):

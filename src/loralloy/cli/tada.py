@@ -82,7 +82,7 @@ def tada(
         int,
         typer.Option(
             min=0,
-            help="How many input directions that all texts share the adapters are freed of, at every module; 0 writes a recipe.",
+            help="How many input directions that all texts share the adapters are freed of, at every module.",
             rich_help_panel=MERGE,
         ),
     ] = 1,

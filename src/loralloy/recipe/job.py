@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from .. import __version__, layerwise
 from ..adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
@@ -15,6 +18,7 @@ from ..atomic import atomic_folder, check_replaceable
 from ..bank import Bank
 from ..errors import LoralloyError
 from ..weights import Weights
+from .freed import FREED_FILE, freed_adapter, packed, read
 
 if TYPE_CHECKING:
     from ..merging import Merged, Plan
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", RECIPE_FILE)  # all that a merge writes
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", RECIPE_FILE, FREED_FILE)  # all that a merge writes
 _NOTHING = 1e-12
 
 
@@ -38,6 +42,9 @@ class Job:
         left_out: those modules.
         rule, before, after: with their parameters bound.
         space: the recipe's, or the rule's first.
+        freed: adapter -> module, by its name in the adapter's files -> the directions [in, k] that it is freed of; `bank` has it
+            so already.
+        opened: the adapters as they are in their files, where that is not `bank`.
     """
 
     recipe: Recipe
@@ -49,6 +56,8 @@ class Job:
     before: Plugin | None
     after: Plugin | None
     space: str
+    freed: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    opened: Bank | None = None
 
     @property
     def rank(self) -> Any:
@@ -78,7 +87,11 @@ class Job:
         """What a reader would not expect."""
         from ..merging.plan import takes_part
 
-        said = []
+        said = [
+            f"adapter {name} is freed of the directions in {entry.freed.path}"
+            for entry, name in zip(self.recipe.adapters, self.bank.names, strict=True)
+            if entry.freed is not None
+        ]
         silent = [n for n in self.weights.names if not takes_part(self.bank[n], self.weights)]
         if self.space != "factors" and len(silent) < len(self.weights.names):  # the plan says what it means there
             said += [f"adapter {name} has weight 0: it takes no part" for name in silent]
@@ -93,10 +106,15 @@ class Job:
     def resolved(self) -> Recipe:
         """The recipe with nothing left to chance: hashes, every parameter's value, space and rank; a weights file inlined."""
         entries = []
-        for entry, name in zip(self.recipe.adapters, self.bank.names, strict=True):
+        for n, (entry, name) in enumerate(zip(self.recipe.adapters, self.bank.names, strict=True)):
             if name not in self.given.names:
                 continue
-            data = entry.model_dump(exclude_none=True) | {"name": name, "hash": self.bank[name].content_hash}
+            kept = (self.opened or self.bank)[name]
+            data = entry.model_dump(exclude_none=True) | {"name": name, "hash": kept.content_hash}
+            if entry.freed is not None:
+                data["freed"] = {"path": entry.freed.path, "hash": read(self.recipe.freed_file(n))[1]}
+            elif name in self.freed:
+                data["freed"] = {"path": FREED_FILE}  # where `to_yaml` is told that it is
             if self.recipe.weights is not None:
                 value = self.given.to_dict()["weights"][name]
                 data["weight"] = dict(value) if isinstance(value, Mapping) else float(value)
@@ -111,9 +129,16 @@ class Job:
             **{field: {"name": p.name, **p.values} for field, p in parts.items() if p is not None},
         )
 
-    def to_yaml(self, folder: Path, out: Path | None = None) -> str:
-        """The resolved recipe as the text of a file in `folder`; it names an output only where `out` is given."""
+    def to_yaml(self, folder: Path, out: Path | None = None, freed: tuple[Path, str] | None = None) -> str:
+        """The resolved recipe as the text of a file in `folder`; it names an output only where `out` is given.
+
+        freed: where the directions of all adapters are now, and that file's hash.
+        """
         recipe = self.resolved().replace(out=os.path.abspath(out) if out is not None else None)
+        if freed is not None:
+            where = {"path": os.path.abspath(freed[0]), "hash": freed[1]}
+            entries = [e.model_dump(exclude_none=True) for e in recipe.adapters]
+            recipe = recipe.replace(adapters=[e | ({"freed": where} if "freed" in e else {}) for e in entries])
         head = (
             f"# Written by loralloy {__version__}. `loralloy merge THIS_FILE -o FOLDER` merges the same adapters again, and\n"
             "# refuses if one of them has changed (--update-lock takes it as it is).\n"
@@ -139,12 +164,42 @@ class Job:
         check_out(target, overwrite)
         with atomic_folder(target, overwrite) as folder:
             merged = merge(self.bank, self.weights, name=target.name, out=folder / "made", **more)
-            for file in sorted((folder / "made").iterdir()):
-                os.replace(file, folder / file.name)
-            shutil.rmtree(folder / "made")
-            # Without `out`: a copy of this file elsewhere would name the folder that it was copied to.
-            (folder / RECIPE_FILE).write_text(self.to_yaml(target), encoding="utf-8")
+            self._finish(folder, target)
         return replace(merged, adapter=Adapter.load(target))
+
+    def write(self, adapter: Adapter, out: str | os.PathLike[str], overwrite: bool = False) -> Adapter:
+        """Write what this job has merged in memory, the resolved recipe beside it. Raises as :func:`check_out` does."""
+        target = Path(out).absolute()
+        check_out(target, overwrite)
+        with atomic_folder(target, overwrite) as folder:
+            adapter.save(folder / "made")
+            self._finish(folder, target)
+        return Adapter.load(target)
+
+    def _finish(self, folder: Path, target: Path) -> None:
+        """The adapter out of the folder `made`, and the recipe, with the directions that it needs, as of a file in `target`."""
+        for file in sorted((folder / "made").iterdir()):
+            os.replace(file, folder / file.name)
+        shutil.rmtree(folder / "made")
+        where = None
+        if self.freed:
+            content, digest = packed(self._directions())
+            (folder / FREED_FILE).write_bytes(content)
+            where = (target / FREED_FILE, digest)
+        # Without `out`: a copy of this file elsewhere would name the folder that it was copied to.
+        (folder / RECIPE_FILE).write_text(self.to_yaml(target, freed=where), encoding="utf-8")
+
+    def _directions(self) -> dict[str, Tensor]:
+        """Of all adapters, in one file. Raises LoralloyError where two are freed of different ones at one module."""
+        found: dict[str, Tensor] = {}
+        for name, directions in self.freed.items():
+            for module, q in directions.items():
+                if module in found and not torch.equal(found[module], q):
+                    raise LoralloyError(
+                        f"adapter {name!r} is freed of other directions at {module!r} than one before it; give both one file"
+                    )
+                found[module] = q
+        return found
 
 
 def check_out(target: Path, overwrite: bool) -> None:
@@ -158,6 +213,10 @@ def prepare(recipe: Recipe, update_lock: bool = False) -> Job:
     bank = recipe.bank()
     if not update_lock:
         _check_lock(recipe, bank)
+    freed = _freed(recipe, bank, update_lock)
+    opened = bank if freed else None
+    if freed:
+        bank = Bank([freed_adapter(a, freed[n]) if n in freed else a for n, a in bank.items()], bank.assume_same_base)
     rule, before, after = recipe.parts()
     space = rule.check_space(recipe.space) if recipe.space is not None else rule.spaces[0]
     given = _weights(recipe, bank)
@@ -168,7 +227,8 @@ def prepare(recipe: Recipe, update_lock: bool = False) -> Job:
         except layerwise.SpecError as error:
             raise recipe.wrong(_modules_at(recipe, error.at), error) from None
         left_out = tuple(m for m in bank.modules if m not in kept)
-    return Job(recipe, bank, given, _without(given, bank, left_out), left_out, rule, before, after, space)
+    weights = _without(given, bank, left_out)
+    return Job(recipe, bank, given, weights, left_out, rule, before, after, space, freed, opened)
 
 
 def _check_lock(recipe: Recipe, bank: Bank) -> None:
@@ -179,6 +239,32 @@ def _check_lock(recipe: Recipe, bank: Bank) -> None:
                 f"adapter {name!r} is not the one that this recipe was locked to: its content is now "
                 f"{bank[name].content_hash[:19]}..., not {entry.hash[:19]}...; bring the old one back, or pass --update-lock",
             )
+
+
+def _freed(recipe: Recipe, bank: Bank, update_lock: bool) -> dict[str, dict[str, Tensor]]:
+    """The directions that adapters are freed of, of their own modules alone."""
+    found = {}
+    for n, (entry, name) in enumerate(zip(recipe.adapters, bank.names, strict=True)):
+        if entry.freed is None:
+            continue
+        try:
+            directions, digest = read(recipe.freed_file(n))
+            own = {m: q for m, q in directions.items() if m in bank[name]}
+            if not own:
+                raise LoralloyError(f"{entry.freed.path} has directions of none of the modules of adapter {name!r}")
+            if wrong := [m for m, q in own.items() if q.shape[0] != bank[name].outline(m).shape[1]]:
+                raise LoralloyError(
+                    f"{entry.freed.path} has directions of another width than module {wrong[0]!r} of {name!r}"
+                )
+        except LoralloyError as error:
+            raise recipe.wrong(("adapters", n, "freed"), error) from None
+        if entry.freed.hash not in (None, digest) and not update_lock:
+            raise recipe.wrong(
+                ("adapters", n, "freed"),
+                f"{entry.freed.path} is not the file that this recipe was locked to; bring it back, or pass --update-lock",
+            )
+        found[name] = own
+    return found
 
 
 def _weights(recipe: Recipe, bank: Bank) -> Weights:

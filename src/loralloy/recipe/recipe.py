@@ -16,6 +16,7 @@ from ..bank import Bank
 from ..base_ref import BaseRef, compare
 from ..errors import LoralloyError
 from .document import At, Document, Problem
+from .freed import read
 from .schema import Fields, PartEntry, named, or_list, problem, suggest
 
 if TYPE_CHECKING:
@@ -152,6 +153,12 @@ class Recipe(Fields):
             return text, False
         return os.path.normpath(local) if self.path else text, True
 
+    def freed_file(self, n: int) -> Path:
+        """The file of directions that the n-th adapter is freed of."""
+        entry = self.adapters[n].freed
+        assert entry is not None
+        return self.folder / Path(entry.path).expanduser()
+
     def bank(self) -> Bank:
         """Open the adapters, and check that they are of one base model (and of `base`).
 
@@ -199,10 +206,12 @@ class Recipe(Fields):
     def lock(self, bank: Bank | None = None) -> Recipe:
         """The recipe with every adapter's content hash: it merges these adapters again, or refuses."""
         bank = bank or self.bank()
-        entries = [
-            entry.model_dump(exclude_none=True) | {"name": name, "hash": bank[name].content_hash}
-            for entry, name in zip(self.adapters, bank.names, strict=True)
-        ]
+        entries = []
+        for n, (entry, name) in enumerate(zip(self.adapters, bank.names, strict=True)):
+            data = entry.model_dump(exclude_none=True) | {"name": name, "hash": bank[name].content_hash}
+            if entry.freed is not None:
+                data["freed"] = {"path": entry.freed.path, "hash": read(self.freed_file(n))[1]}
+            entries.append(data)
         return self.replace(adapters=entries)
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -214,6 +223,8 @@ class Recipe(Fields):
         for n, entry in enumerate(data["adapters"]):
             source, local = self.source(n)
             entry["path"] = _relative(source, folder) if local and folder is not None else entry["path"]
+            if folder is not None and "freed" in entry:
+                entry["freed"]["path"] = _relative(self.freed_file(n), folder)
         if folder is not None:
             if self.weights:
                 data["weights"] = _relative(self.folder / Path(self.weights).expanduser(), folder)

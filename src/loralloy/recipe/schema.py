@@ -61,12 +61,20 @@ def _hash(value: str) -> str:
 Text = Annotated[str, Field(min_length=1)]
 
 
+class FreedEntry(Strict):
+    """A safetensors file (relative to the recipe) of input directions by module that an adapter is freed of first."""
+
+    path: Text
+    hash: Annotated[str, AfterValidator(_hash)] | None = None
+
+
 class AdapterEntry(Strict):
     """One adapter: a folder (relative to the recipe) or org/name@revision."""
 
     path: Text
     name: Text | None = None
     weight: Any = None
+    freed: Annotated[FreedEntry, _as("path")] | None = None
     hash: Annotated[str, AfterValidator(_hash)] | None = None
 
 
@@ -125,7 +133,8 @@ def problem(item: Mapping[str, Any]) -> Problem:
     at = tuple(item["loc"])
     kind, value = item["type"], item.get("input")
     if kind == "extra_forbidden":
-        known = list((_MODELS[str(at[0])] if len(at) > 1 else Fields).model_fields)
+        inner = FreedEntry if "freed" in at[:-1] else _MODELS[str(at[0])] if len(at) > 1 else Fields
+        known = list(inner.model_fields)
         return Problem(at, f"unknown field{suggest(str(at[-1]), known)}; known here: {', '.join(known)}", key=True)
     if kind == "missing":
         example = {"adapters": "a list of folders or org/name@revision", "path": "a folder or org/name@revision"}

@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
 from ..bank import Bank
 from ..errors import LoralloyError
 from ..factors import LoraFactors, widest
+from ..recipe.freed import freed_adapter, without
 
 _BEYOND = 32  # directions of the sketch beyond those asked for; 8 leave a real module's third and fourth half noise
 _NOTHING = 1e-5  # of the inputs' energy: a direction with less is rounding
@@ -94,17 +94,7 @@ class Sketch:
 
 def freed(factors: LoraFactors, common: Common) -> LoraFactors:
     """The factors of dW (I - Q Q^T): the same B, rank and dtype. Raises LoralloyError for directions of another width."""
-    if factors.kind != "linear" or not common.directions.shape[1]:
-        return factors
-    if common.directions.shape[0] != factors.shape[1]:
-        raise LoralloyError(
-            f"common directions are of {common.directions.shape[0]} inputs and the module has {factors.shape[1]}; "
-            "probe this model with these adapters"
-        )
-    wide = widest(factors.A.device)
-    q = common.directions.to(factors.A.device, wide)
-    a = factors.A.to(wide)
-    return replace(factors, A=(a - (a @ q) @ q.mT).to(factors.A.dtype))
+    return without(factors, common.directions)
 
 
 def freed_bank(bank: Bank, common: Mapping[str, Common], count: int, adapters: Iterable[str] | None = None) -> Bank:
@@ -124,17 +114,9 @@ def freed_bank(bank: Bank, common: Mapping[str, Common], count: int, adapters: I
     for name in chosen:
         if name not in bank:
             raise LoralloyError(f"no adapter {name!r} to free; the bank has {', '.join(bank.names)}")
-    made = [_freed(bank[name], common, count) if name in chosen and count else bank[name] for name in bank.names]
+    directions = {module: found.leading(count).directions for module, found in common.items()}
+    made = [freed_adapter(bank[name], directions) if name in chosen and count else bank[name] for name in bank.names]
     return Bank(made, bank.assume_same_base)
-
-
-def _freed(adapter: Adapter, common: Mapping[str, Common], count: int) -> Adapter:
-    factors = {
-        module: freed(adapter[module], common[module].leading(count)) if module in common else adapter[module]
-        for module in adapter
-    }
-    extra = {name: adapter.extra_tensor(name) for name in adapter.extra}
-    return Adapter(adapter.name, factors, adapter.config, adapter.base, extra, adapter.provenance, adapter.licence)
 
 
 def taken(before: Bank, after: Bank) -> dict[str, float]:

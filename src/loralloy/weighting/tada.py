@@ -109,8 +109,8 @@ def compose(
         model: the plain base.
         calibration: the model's arguments for each batch of the domain's inputs (32 inputs are the paper's number); no
             labels are read. :func:`.probed.text_batches` makes them of texts.
-        out: a folder to write, or None. With `common` 0 and no `directions` it also holds a recipe.yaml with the gates, which
-            repeats the merge without a model.
+        out: a folder to write, or None. Without `directions` it also holds a recipe.yaml with the gates, and the directions that
+            adapters were freed of, which repeats the merge without a model.
         general: batches of inputs of no domain, for gates whose `reference` is "general".
         gate: how the probe becomes weights; None for the defaults.
         rule: `tada` with its parameters, or any other: the gates are plain weights. None is `tada` without removing conflicts,
@@ -119,8 +119,8 @@ def compose(
             :func:`loralloy.merging.tada.resolve`), which no recipe can repeat: `out` must be None then, and
             ``merged.adapter`` be saved.
         common: how many directions that the calibration inputs have in common the adapters are freed of before they are merged
-            (ours; see :mod:`.common`); the gates are of the adapters as they came. No recipe repeats it: none is written. None
-            is 1, and 0 where conflicts are judged on activations.
+            (ours; see :mod:`.common`); the gates are of the adapters as they came. None is 1, and 0 where conflicts are judged on
+            activations.
         common_of: all adapters are freed, or all but the first.
         answers: the model's answers to unlabelled inputs, by which the level of all weights is chosen from `levels` (ours; see
             :func:`.levels.choose_level`); None, or no `levels`, leaves the gate's.
@@ -178,8 +178,9 @@ def compose(
         if adapter and measured
     }
     lost: dict[str, float] = {}
+    chosen = bank.names if common_of == "all" else bank.names[1:]
     if common:
-        whole, chosen = bank, bank.names if common_of == "all" else bank.names[1:]
+        whole = bank
         bank = freed_bank(bank, readings.common, common, chosen)
         lost = {name: share for name, share in taken(whole, bank).items() if name in chosen}
         if gone := [name for name, share in lost.items() if share > 1 - _LEFT]:
@@ -202,10 +203,12 @@ def compose(
     job = _recipe(adapters, own, settings).prepare()
     seen: list[Found] = []
     job = replace(job, given=weights, weights=weights, bank=bank)
+    if common:
+        job = replace(job, opened=named, freed=_directions(readings, named, chosen, common))
     if removes:
         moments = in_order(job.plan(), readings) if on_activations else None
         job = replace(job, rule=watched(job.rule, seen, moments))
-    alone = not common and directions is None  # what a recipe can repeat
+    alone = not common and directions is None  # nothing to tell beside the merge
     merged = job.merge(out if alone else None, overwrite, on_module)
     made = clock()
     balanced = None
@@ -219,7 +222,9 @@ def compose(
         merged = replace(
             merged, adapter=_told(merged.adapter, common, lost, balanced, None if out is None else Path(out).name)
         )
-        if out is not None:
+        if out is not None and directions is None:
+            merged = replace(merged, adapter=job.write(merged.adapter, out, overwrite))
+        elif out is not None:
             merged.adapter.save(out, overwrite)
     seconds = {"probe": probed - start, "gates": gated - probed, "merge": made - leveled}
     if level is not None:
@@ -237,15 +242,22 @@ def compose(
             f"the balance left a shift of {balanced.after:.2f} of {balanced.before:.2f} nats: what is written at module "
             f"{balanced.module} does not reach all of it"
         )
-    if not alone and out is not None:
-        notes.append(
-            "no recipe.yaml is written: common directions and balanced answers are only to be had from the model (--common 0, "
-            "without --balance, writes one)"
-        )
+    if directions is not None and out is not None:
+        notes.append("no recipe.yaml is written: balanced answers are only to be had from the model")
     found = conflicts_of(job, seen)
     return Outcome(
         merged, weights, readings, reference, depth, found, seconds, level, balanced, lost, tuple(notes), own
     )
+
+
+def _directions(readings: Readings, bank: Bank, chosen: Sequence[str], count: int) -> dict[str, dict[str, Tensor]]:
+    """Adapter -> module, as its files name it -> the directions that it is freed of."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in chosen:
+        own = bank[name].own_names
+        here = {m: readings.common[m].leading(count).directions for m in bank[name] if m in readings.common}
+        found[name] = {own.get(m, m): q for m, q in here.items() if q.shape[1]}
+    return found
 
 
 def _told(
