@@ -42,10 +42,12 @@ class Adapter(Mapping[str, LoraFactors]):
         provenance: what the safetensors header records (training, parents, rule, error); may be empty.
         licence: from the model card, or None.
         path: the folder it came from, or None.
+        freed_from: the content hash that it had before it was freed of directions (see :mod:`loralloy.recipe.freed`), or None.
         own_names: module -> what the adapter's files call it, where that is something else (see :mod:`loralloy.live.names`).
     """
 
     own_names: Mapping[str, str] = MappingProxyType({})
+    freed_from: str | None = None
 
     def __init__(
         self,

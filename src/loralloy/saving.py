@@ -247,7 +247,10 @@ def card(
             weight = parent["weight"]
             shown = f"{weight:.6g}" if isinstance(weight, int | float) else "by module"
             licence = parent.get("licence") or "not stated"
-            lines.append(f"| {parent['name']} | {shown} | `{parent['hash']}` | {licence} |")
+            freed = ", freed of what its inputs shared" if "freed_from" in parent else ""
+            lines.append(
+                f"| {parent['name']} | {shown} | `{parent.get('freed_from', parent['hash'])}`{freed} | {licence} |"
+            )
         lines.append("")
     told = recorded.get("tada") or {}
     if told.get("freed"):

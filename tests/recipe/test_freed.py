@@ -50,6 +50,12 @@ def test_a_recipe_frees_its_adapters(made):
         assert relative(got[m].dense(), 0.5 * plain["a"][m].dense() + 2 * want[m].dense()) < 2e-3
     assert relative(want["x.q_proj"].dense(), plain["b"]["x.q_proj"].dense()) > 0.05
     assert torch.equal(want["x.k_proj"].A, plain["b"]["x.k_proj"].A)
+    parents = got.provenance["merge"]["parents"]
+    assert "freed_from" not in parents[0] and parents[1]["freed_from"] == plain["b"].content_hash != parents[1]["hash"]
+    assert (
+        f"| b | 2 | `{plain['b'].content_hash}`, freed of what its inputs shared |"
+        in (made / "out/README.md").read_text()
+    )
     locked = yaml.safe_load((made / "out/recipe.yaml").read_text())["adapters"]
     assert "freed" not in locked[0] and locked[1]["hash"] == plain["b"].content_hash
     assert locked[1]["freed"] == {"path": "freed.safetensors", "hash": packed({"x.q_proj": directions()})[1]}

@@ -90,6 +90,7 @@ def record(plan: Plan, report: MergeReport, hashes: Sequence[str]) -> dict[str, 
         "weights_source": plan.weights.source,
         "parents": [
             {"name": p.name, "hash": content, "licence": p.licence, "weight": weights[p.name]}
+            | ({"freed_from": p.freed_from} if p.freed_from else {})
             for p, content in zip(plan.parents, hashes, strict=True)
         ],
         "error": {

@@ -42,7 +42,9 @@ def freed_adapter(adapter: Adapter, directions: Mapping[str, Tensor]) -> Adapter
     """The adapter without what it answers to directions (module -> [in, k]); other modules stay as they are."""
     factors = {m: without(adapter[m], directions[m]) if m in directions else adapter[m] for m in adapter}
     extra = {name: adapter.extra_tensor(name) for name in adapter.extra}
-    return Adapter(adapter.name, factors, adapter.config, adapter.base, extra, adapter.provenance, adapter.licence)
+    made = Adapter(adapter.name, factors, adapter.config, adapter.base, extra, adapter.provenance, adapter.licence)
+    made.freed_from = adapter.freed_from or adapter.content_hash
+    return made
 
 
 def packed(directions: Mapping[str, Tensor]) -> tuple[bytes, str]:
