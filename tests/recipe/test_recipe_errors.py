@@ -29,7 +29,7 @@ BAD = {
     "misspelt field": (PLAIN + "spcae: delta\n", "5:1", "spcae", ["did you mean `space`", "known here: version"]),
     "misspelt in an adapter": (
         "version: 1\nadapters:\n  - path: a\n    wieght: 1\n", "4:5", "adapters[0].wieght",
-        ["did you mean `weight`", "known here: path, name, weight, hash"],
+        ["did you mean `weight`", "known here: path, name, weight, freed, hash"],
     ),
     "mergekit's word": (PLAIN + "merge_method: ties\n", "5:1", "merge_method", ["did you mean `rule`"]),
     "American": (PLAIN + "normalize: true\n", "5:1", "normalize", ["did you mean `normalise`"]),
