@@ -15,10 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 VARIABLE = "NPY_DISABLE_CPU_FEATURES"
-FEATURES = (
-    ((2, 4), "X86_V4"),
-    ((2, 0), "AVX512F"),
-)  # its name since a release; older ones have no AVX2 selection to take
+# what it is called since a release; older ones have no AVX2 selection to take
+FEATURES = (((2, 4), "X86_V4"), ((2, 0), "AVX512F"))
 _AGAIN = "LORALLOY_STARTED_AGAIN"
 _CPUINFO = Path("/proc/cpuinfo")
 

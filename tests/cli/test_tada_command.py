@@ -139,20 +139,8 @@ def test_by_default_the_domain_is_freed_of_one_direction_and_nothing_is_discarde
 
 def test_the_gates_are_the_librarys(run, world, texts, tmp_path):
     """The texts that are drawn are rows of the file; general texts are the built-in ones."""
-    run(
-        "-o",
-        tmp_path / "a",
-        "--inputs",
-        100,
-        "--save-weights",
-        tmp_path / "w.json",
-        "--temperature",
-        1,
-        "--by",
-        "layer",
-        "--reference",
-        "general",
-    )
+    more = ["--temperature", 1, "--by", "layer", "--reference", "general"]
+    run("-o", tmp_path / "a", "--inputs", 100, "--save-weights", tmp_path / "w.json", *more)
     bank = Bank.load([world.bank / "spam", world.bank / "weather"])
     model, tokenizer = load_base(str(world.model), "float32", "cpu")
     rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]

@@ -8,6 +8,7 @@ import yaml
 from safetensors.torch import save_file
 
 from helpers import adapter, factors, relative
+from loralloy import merging
 from loralloy.errors import LoralloyError
 from loralloy.recipe import Recipe
 from loralloy.recipe.freed import freed_adapter, packed, read, without
@@ -88,7 +89,7 @@ def test_what_is_wrong_with_the_file_is_said_at_the_field(made):
     refused("'x.q_proj' holds no directions", path="flat.safetensors")
 
 
-def test_two_adapters_freed_of_different_directions_at_one_module_are_not_written_as_one_file(made):
+def test_two_adapters_freed_of_different_directions_at_one_module_are_not_written_as_one_file(made, monkeypatch):
     save_file({"x.q_proj": directions(seed=3)}, made / "p.safetensors")
     data = yaml.safe_load((made / "recipe.yaml").read_text())
     data["adapters"][0]["freed"] = "p.safetensors"
@@ -100,3 +101,6 @@ def test_two_adapters_freed_of_different_directions_at_one_module_are_not_writte
     ):
         job.merge(made / "out")
     assert not (made / "out").exists()
+    monkeypatch.setattr(merging, "merge", None)  # it is said before any work
+    with pytest.raises(LoralloyError, match="give both one file"):
+        job.merge(made / "out")

@@ -162,6 +162,7 @@ class Job:
             return merge(self.bank, self.weights, **more)
         target = Path(out).absolute()
         check_out(target, overwrite)
+        self._directions()  # what one file cannot hold is said before any work
         with atomic_folder(target, overwrite) as folder:
             merged = merge(self.bank, self.weights, name=target.name, out=folder / "made", **more)
             self._finish(folder, target)

@@ -8,10 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
-VALUES = (
-    ":4096:8",
-    ":16:8",
-)  # torch's condition for deterministic matrix products; to be set before the process starts
+VALUES = (":4096:8", ":16:8")  # for deterministic matrix products; to be set before the process starts
 
 
 @contextmanager
