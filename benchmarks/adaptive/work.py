@@ -26,7 +26,6 @@ from loralloy.merging import get_rule, merge
 from loralloy.weights import Weights
 from queue_cells import slot
 
-HEAVY = 3  # processes that may hold a buffer of 20 rows a class at once
 LARGE = 20
 
 
@@ -158,7 +157,7 @@ class Site(sites.Site):
         made_of = self.made_of(cell)
         began = time.perf_counter()
         heavy = (cell.per_class or 0) >= LARGE
-        with slot(self.out, "heavy", HEAVY) if heavy else contextlib.nullcontext():
+        with slot(self.out, "heavy", self.bench.heavy) if heavy else contextlib.nullcontext():
             if cell.how == "seq":
                 found = self._sequence(cell)
             elif not cell.rule:
