@@ -68,6 +68,10 @@ class Queue:
         """Pieces of other groups that must be there before."""
         return ()
 
+    def in_turn(self, group: Any) -> bool:
+        """Whether each piece of the group needs the one before it."""
+        return False
+
     def lock_name(self, group: Any) -> str:
         return str(group.name)
 
@@ -151,7 +155,18 @@ class Queue:
 
     def finished(self, group: Any) -> bool:
         """Whether all of it is there, or has failed in this call."""
-        return all(piece.path.exists() or self.error(piece).exists() for piece in self.pieces(group))
+        return not self.left(group)
+
+    def left(self, group: Any) -> list[Piece]:
+        """The pieces that are still to be made: neither there nor failed in this call, nor behind one that has failed."""
+        found = []
+        for piece in self.pieces(group):
+            if not piece.path.exists():
+                if not self.error(piece).exists():
+                    found.append(piece)
+                elif self.in_turn(group):
+                    break
+        return found
 
     def take(self, group: Any, most: int = 0) -> str:
         """What became of a group, of whose pieces those that were put off at most so many times are tried: "worked";
@@ -163,17 +178,22 @@ class Queue:
             comes = all(piece.path in self.makes and not self.error(piece).exists() for piece in missing)
             return "waits" if comes else "stuck"
         with lock(self.out / "locks" / self.lock_name(group), wait=False) as held:
-            left = [p for p in self.pieces(group) if not p.path.exists() and not self.error(p).exists()]
+            left = self.left(group)
             times = {p.path: self.put_off(p) for p in left}
             if not held:
                 return "again" if any(count for count, _ in times.values()) else "busy"
-            now = [p for p in left if _due(*times[p.path], most, self.pause)]
+            due = [_due(*times[p.path], most, self.pause) for p in left]
+            if self.in_turn(group) and False in due:
+                left = left[: due.index(False) + 1]
+            now = [p for p, good in zip(left, due, strict=False) if good]
             if left and not now:
                 return "later"
             if left and not self.opened(group):
                 return "stuck"
             for piece in now:
                 self.attempt(group, piece)
+                if self.in_turn(group) and not piece.path.exists():
+                    break  # the next needs it
             return "worked"
 
     def attempt(self, group: Any, piece: Piece) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cell_files import write
-from devices import quiet
+from devices import let_go, quiet
 from queue_cells import Piece, Queue
 
 
@@ -60,6 +60,7 @@ class Site:
         began = time.perf_counter()
         out.parent.mkdir(parents=True, exist_ok=True)
         self.make(job, out)
+        let_go()  # what training has held
         return time.perf_counter() - began
 
 
@@ -117,6 +118,9 @@ class SiteWorker(Queue):
 
     def needs(self, group: Group) -> Sequence[Piece]:
         return [self.adapter(self.out, group, job) for job in group.needs]
+
+    def in_turn(self, group: Group) -> bool:
+        return bool(group.jobs)
 
     def label(self, group: Group) -> str:
         return f"{group.site} {group.part}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cells import CHOSEN, GRAINS, SIZES, STARTS, cell_name
+from cells import CHOSEN, GRAINS, LONG, SIZES, STARTS, cell_name
 from parts import PARTS
 from plan import BENCHES, groups
 from results import Cells, Mean, difference, final, interval, percent, validation
@@ -110,6 +110,26 @@ def starts(b: Bench) -> list[str]:
     said = f"Over {len(shared)} pairs of a merge and a seed that all of these have: {'; '.join(merges)}; seeds "
     lines = [f"{said}{', '.join(map(str, seeds))}.", ""]
     return lines + table(["start", "validation accuracy", "- scale"], rows)
+
+
+def longer(b: Bench) -> list[str]:
+    """Four times as many steps beside the library's."""
+    rows = []
+    for rule, space in CHOSEN:
+        for grain in GRAINS[1:]:
+            shared = {**LEARNED, "b_max": 3.0, "per_class": SIZES[-1], "grain": grain, "rule": rule, "space": space}
+            said = []
+            for value in (validation, final):
+                few, many = (
+                    b.cells.by_seed(value, **{**shared, "start": s, "domains": b.names}) for s in ("scale", LONG)
+                )
+                both = [seed for seed in few if seed in many]
+                said += [percent(Mean.of([some[s] for s in both])) for some in (few, many)]
+                said += [interval(difference(many, few))]
+            if both:
+                rows.append([f"{title(rule, space)}, by {grain}", *said, f"{len(both)}"])
+    names = ("validation, 60 steps", "240", "240 - 60", "test, 60 steps", "240", "240 - 60")
+    return table(["", *names, "seeds"], rows)
 
 
 # -- what is missing ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from cells import (
     DRAWS,
     GRAINS,
     GRID,
+    LONG,
     RULES,
     SIZES,
     STARTS,
@@ -157,7 +158,10 @@ def _heads(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator
 
 
 def _ranks(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
-    cells = [learned(seed, stream.names, rule, "delta", rank=rank) for rule in RULES for rank in (8, "max")]
+    """Cut to an adapter's rank, and to the sum of them, which holds a linear merge whole."""
+    one = stream.fields.train["rank"]
+    ranks = (one, one * len(stream.names))
+    cells = [learned(seed, stream.names, rule, "delta", rank=rank) for rule in RULES for rank in ranks]
     return _merged(bench, stream, part, cells)
 
 
@@ -176,6 +180,11 @@ def _even(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[
     for k in (1, 20):
         joint = Cell("even_joint", seed, names, per_class=k)
         yield Group(bench.name, part, seed, (), (joint,), needs(joint, stream.orders))
+
+
+def _long(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    cells = [learned(seed, stream.names, r, s, 3.0, SIZES[-1], g, LONG) for r, s in CHOSEN for g in GRAINS[1:]]
+    return _merged(bench, stream, part, cells)
 
 
 def _starts(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
@@ -218,6 +227,7 @@ PARTS = {
     "even": Part("answers evened out over the buffer's inputs", _even),
     "r": Part("what the cut to a rank costs", _ranks),
     "p": Part("the merge after every experience, with prototypes", _path_of_prototypes),
+    "long": Part("four times as many steps, finer coefficients, buffers of 20 rows a class", _long),
     "draws": Part("the same learned coefficients on two more draws of the buffer's rows", _draws),
     "v": Part("other starts of the learner, on validation rows", _starts),
     "f": Part("growth with the number of domains (run it alone: it is timed)", _growth),

@@ -47,19 +47,18 @@ class Bench:
         return DomainStream.load(HERE / f"{self.name}.yaml")
 
 
-_IMAGES = {part: {"r": 3}.get(part, 5) for part in PARTS if part != "f"}
+_IMAGES = {part: {"r": 3, "long": 3}.get(part, 5) for part in PARTS if part != "f"}
 _TEXT = {
     "own": 5, "a": 5, "draws": 5, "joint": 5, "alone": 5, "c": 3, "large": 5, "e": 3, "z": 3, "b": 3, "seq": 3, "seqs": 3, "r": 2,
-    "even": 3,
+    "even": 3, "long": 3,
 }  # fmt: skip
-_SECOND = {part: count for part, count in _TEXT.items() if part != "r"}
-_OF_TEXT: dict[str, Any] = {"validation": 100, "rows_at_once": 32, "heavy": 6, "zero": (3.0,)}
+_OF_TEXT: dict[str, Any] = {"validation": 100, "rows_at_once": 32, "heavy": 12, "zero": (3.0,)}
 BENCHES = {
     b.name: b
     for b in (
         Bench("emoji4", _IMAGES, "emoji"),
         Bench("sentiment4", _TEXT, "sentiment4", follow=(1, 5), **_OF_TEXT),
-        Bench("multiemo4", _SECOND, "multiemo4", buffers=(1, 5, 20), follow=(1,), **_OF_TEXT),
+        Bench("multiemo4", _TEXT, "multiemo4", buffers=(1, 5, 20), follow=(1,), **_OF_TEXT),
         Bench("emoji7", {"own": 1, "f": 1}, "emoji", validation=0, sizes=(1, 2, 3, 4, 5, 6, 7)),
         Bench("text20", {"own": 1, "f": 1}, "text20", validation=0, sizes=(2, 5, 10, 15, 20), rows_at_once=64),
     )

@@ -107,6 +107,7 @@ def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str,
         ("Answers evened out", wording.EVENED, checks.evened(b)),
         ("What the cut to a rank costs", wording.RANKS, tables.ranks(b)),
         ("Rows that no adapter was trained on", wording.UNTRAINED + drawn, checks.untrained(b)),
+        ("More steps", wording.LONG, checks.longer(b)),
         ("Where the learner begins", wording.STARTS, checks.starts(b)),
         ("Growth", wording.GROWTH.format(devices=f" ({', '.join(devices)})" if devices else ""), grown),
     ]

@@ -76,7 +76,7 @@ def begun(cell: Cell, live: Learnable) -> LearnConfig:
 
     match: the scale at which the merge is as long as an adapter, without a search. near: the best of up to five scales, 0.7 to
     1.4 times it. scale: the library's search. With _pull: the regularisation is 1, whatever the rows (10 times the default
-    for one row a class). With _still: no gradient steps.
+    for one row a class). With _still: no gradient steps. With _long: four times as many steps, and as much patience.
     """
     from loralloy.weighting.learned import LearnConfig
 
@@ -90,6 +90,8 @@ def begun(cell: Cell, live: Learnable) -> LearnConfig:
         config = LearnConfig(start=scale) if start == "match" else LearnConfig(scales=near)
     if more == "pull":
         return dataclasses.replace(config, regularisation=1.0)
+    if more == "long":
+        return dataclasses.replace(config, steps=4 * config.steps, patience=4 * config.patience)
     return dataclasses.replace(config, steps=0) if more == "still" else config
 
 

@@ -250,12 +250,15 @@ def collapse(b: Bench) -> list[str]:
 
 
 def ranks(b: Bench) -> list[str]:
+    every = (row["cell"].get("rank") for row in b.cells.find(how="learned", domains=b.names))
+    found = sorted({rank for rank in every if isinstance(rank, int)})
     rows = []
     for rule in RULES:
-        cells = [b.learned(rule, "delta", rank=rank) for rank in (None, "max", 8)]
-        if cells[1]:
-            cut = [difference(cells[i], cells[0]) for i in (1, 2)]
+        cells = [b.learned(rule, "delta", rank=rank) for rank in (None, *found)]
+        cells[0] = {seed: value for seed, value in cells[0].items() if any(seed in some for some in cells[1:])}
+        if any(cells[1:]):
+            cut = [difference(some, cells[0]) for some in cells[1:]]
             rows.append(
                 [title(rule, "delta"), *(percent(Mean.of(list(c.values()))) for c in cells), *map(interval, cut)]
             )
-    return table(["rule, space", "uncut", "rank max", "rank 8", "max - uncut", "8 - uncut"], rows)
+    return table(["rule, space", "uncut", *(f"rank {r}" for r in found), *(f"{r} - uncut" for r in found)], rows)

@@ -67,6 +67,9 @@ def test_draws_are_the_learned_cells_of_the_table_on_other_rows(harness):
     assert {c.name for c in by["draws"]} == {f"{c.name}-d{d}" for c in first for d in cells.DRAWS}
     assert all(c.draw == 0 for part, some in by.items() if part != "draws" for c in some)
     assert {c.start for c in by["v"]} == set(cells.STARTS)
+    assert {c.rank for c in by["r"]} == {2, 6} and {c.start for c in by["long"]} == {cells.LONG}
+    plain = {dataclasses.replace(c, start="scale") for c in by["long"]}
+    assert plain < by["large"], "what longer learning is compared with"
     assert list(harness.parts.PARTS)[-2] == "v" and "v" not in plan.BENCHES["multiemo4"].parts
 
 
@@ -105,6 +108,8 @@ def test_the_starts_that_are_tried(harness):
     assert begun("near", 1.0).scales == pytest.approx((0.56, 0.672, 0.8, 0.96))
     assert begun("near_still").steps == 0 and begun("near_still").scales == begun("near").scales
     assert begun("match_pull").regularisation == 1.0 and begun("match_pull").steps == begun("scale").steps
+    long = begun(harness.cells.LONG)
+    assert (long.start, long.steps, long.patience) == ("scale", 4 * begun("scale").steps, 4 * begun("scale").patience)
 
 
 def test_cells_are_right_resumed_and_failures_stay_alone(small, tiny, tmp_path, monkeypatch, capsys):

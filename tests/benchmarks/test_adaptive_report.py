@@ -164,6 +164,31 @@ def test_starts_are_compared_where_all_were_run_and_not_chosen_from(harness):
     assert bench.chosen(head="random")[0]["start"] == "scale"
 
 
+def test_more_steps_are_compared_seed_by_seed_and_ranks_have_their_columns(harness):
+    rows = []
+    many = LEARNED | {"rule": "ties", "space": "delta", "per_class": 20, "grain": "layer"}
+    for seed in (0, 1, 2):
+        rows.append(row(0.6, seed, validation=0.5, **many))
+        if seed:
+            rows.append(row(0.6 + 0.02 * seed, seed, validation=0.55, **many | {"start": harness.cells.LONG}))
+        rows.append(row(0.5 + 0.1 * seed, seed, **LEARNED | {"rule": "ties", "space": "delta"}))
+        for rank in (8, 32) if seed == 1 else ():
+            rows.append(row(0.5 + rank / 100, seed, **LEARNED | {"rule": "ties", "space": "delta", "rank": rank}))
+        rows.append(row(0.8, seed, how="joint"))
+    cells = harness.results.Cells("emoji4", rows)
+    text, _, _ = harness.report.build("emoji", {"emoji4": cells, "emoji7": harness.results.Cells("emoji7", [])})
+    section = text.split("## More steps")[1].split("## ")[0]
+    assert (
+        "| TIES, delta, by layer | 50.0 ± 0.0 | 55.0 ± 0.0 | +5.0 [+5.0, +5.0] | 60.0 ± 0.0 | 63.0 ± 1.4 | +3.0"
+        in section
+    )
+    assert "by module" not in section
+    section = text.split("## What the cut")[1].split("## ")[0]
+    assert "| uncut | rank 8 | rank 32 | 8 - uncut | 32 - uncut |" in section
+    assert "| TIES, delta | 60.0 | 58.0 | 82.0 | -2.0 (one seed) | +22.0 (one seed) |" in section
+    assert harness.tables.Bench(cells, NAMES, (NAMES,)).chosen(head="random")[0]["start"] == "scale"
+
+
 def test_the_page_says_what_is_missing_and_nothing_when_all_is_there(harness):
     plan, cells = harness.plan, harness.cells
 

@@ -28,6 +28,10 @@ def made(monkeypatch, tmp_path):
             self.groups = [SimpleNamespace(name="+".join(names), names=names, after=after) for names, after in groups]
             self.full, self.broken, self.closed, self.less = Counter(full), broken, closed, smaller
             self.log = [] if log is None else log
+            self.chained = set()
+
+        def in_turn(self, group):
+            return group.name in self.chained
 
         def piece(self, name):
             return base.Piece(name, tmp_path / "done" / name, f"bench-{name}")
@@ -66,6 +70,17 @@ def made(monkeypatch, tmp_path):
 
 def left(tmp_path):
     return sorted(p.name for p in (tmp_path / "errors").glob("*"))
+
+
+def test_pieces_in_turn_wait_for_the_one_before_them(made, tmp_path, capsys):
+    queue = made([(("a", "b", "c"), ()), (("d", "e", "f"), ()), (("g",), ("e",)), (("h",), ())], {"b": 2}, broken=["d"])
+    queue.chained = {"a+b+c", "d+e+f"}
+    assert queue.run() == 0
+    # b is put off, and c with it; what stands behind d, which failed, is never tried
+    assert queue.log == ["a", "b", "d", "h", "b", "b", "c"]
+    assert sorted(p.name for p in (tmp_path / "done").iterdir()) == list("abch")
+    assert left(tmp_path) == ["run-bench-d.txt"]
+    assert "c: put off" not in capsys.readouterr().out
 
 
 def test_what_ran_out_of_memory_comes_back_when_other_work_is_done(made, tmp_path, capsys):
