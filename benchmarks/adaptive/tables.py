@@ -195,6 +195,12 @@ def buffers(b: Bench) -> list[str]:
                 for k in SIZES
             ]
             rows.append([f"{grain} - adapter", *map(interval, gaps)])
+        weight = b.best_fixed(rule, space, by=validation)
+        if weight is not None:
+            fixed = b.fixed(rule, space, weight)
+            for grain in GRAINS:
+                gaps = [difference(b.learned(rule, space, per_class=k, grain=grain), fixed) for k in SIZES]
+                rows.append([f"{grain} - fixed W={weight:g}", *map(interval, gaps)])
         if any(any(row[1:]) for row in rows):
             lines += [
                 f"{title(rule, space)} space, b_max = 3:",

@@ -26,7 +26,8 @@ CONTROLS = (
 OTHERS = "Final accuracy, %. What uses the buffer's rows without their labels says so."
 BUFFERS = (
     "Final accuracy, %, over the seeds that each has, and differences over those that both have, with 95 % t intervals; "
-    "one draw of the buffer's rows a seed.\n\n"
+    "one draw of the buffer's rows a seed. Fixed W: one weight for all adapters, the one of the grid that all validation rows "
+    "choose.\n\n"
     "![buffers, fixed weights, growth](adaptive-{page}.png)"
 )
 PATH = (
