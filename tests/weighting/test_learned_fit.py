@@ -83,6 +83,21 @@ def test_the_defaults_move_the_coefficients_and_help(bank):
     assert len(done.history) == LearnConfig().steps + 1 and done.best_step == LearnConfig().steps
 
 
+@pytest.mark.parametrize(
+    ("rows", "strata", "found"), [(40, 10, "layer"), (39, 3, "adapter"), (40, 11, "adapter"), (4, 1, "adapter")]
+)
+def test_granularity_follows_the_number_of_samples(bank, rows, strata, found):
+    """By layer from 40 samples on with 4 a stratum; whoever names one has it."""
+    objective = Regression({"a": 1.4, "b": 0.1, "c": 0.7}, bank, rows=rows)
+    objective.strata = [f"{i % strata}" for i in range(rows)]
+    quick = {"config": LearnConfig(steps=2), "progress": False}
+    done = learn(objective.model, bank, objective, **quick)
+    assert done.settings["granularity"] == done.weights.explain["granularity"] == found
+    assert done.weights.per_module == (found == "layer")
+    named = learn(objective.model, bank, objective, granularity="adapter", **quick)
+    assert named.settings["granularity"] == "adapter" and not named.weights.per_module
+
+
 def test_weights_keep_the_loss_in_the_model(bank):
     """What is returned is what was measured: in the model by Learnable, and on disk by merge."""
     objective = Regression({"a": 1.4, "b": 0.1, "c": 0.7}, bank, "ties")

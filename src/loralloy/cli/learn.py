@@ -79,7 +79,7 @@ def learn(
         str | None,
         typer.Option(
             help="One weight for an adapter, an adapter and layer, or an adapter and module.", rich_help_panel=_HOW,
-            show_default="adapter; entropy: layer; regmean: module",
+            show_default="auto: layer from 40 examples on, 4 of each class, else adapter; entropy: layer; regmean: module",
         ),
     ] = None,
     b_max: Annotated[
@@ -221,7 +221,7 @@ def _check_coefficients(given: dict[str, Any], strategy: str) -> None:
     from ..weighting.learned import Coefficients
 
     options: dict[str, Any] = {"b_max": B_MAX} if strategy == "entropy" else {}
-    options |= {name: given[name] for name in ("form", "granularity", "b_max") if name in given}
+    options |= {name: given[name] for name in ("form", "granularity", "b_max") if given.get(name, "auto") != "auto"}
     start = given["config"].start
     relative = isinstance(start, str) or options.get("form") == "softmax"  # whose range is by the number of adapters
     Coefficients(["a"], ["m"], start="zero" if relative else start, **options)

@@ -122,7 +122,7 @@ class _Gradient(Strategy):
 
     b_max: Positive = 3.0
     form: Form = "sigmoid"
-    granularity: Granularity = "adapter"
+    granularity: Granularity | Literal["auto"] = "adapter"
     start: Start | None = None
     steps: Annotated[int, Field(ge=0)] | None = None
     lr: Positive | None = None

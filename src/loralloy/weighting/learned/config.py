@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from ...errors import LoralloyError
 
+ENOUGH = 4  # samples that each stratum must have for a hold-out, and for coefficients finer than one an adapter, by default
+FINE = 40  # samples in all that those must have, too: the fewest, with 4 a stratum, at which they were tried
+
 
 @dataclass(frozen=True)
 class LearnConfig:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -17,7 +18,7 @@ from ...console import progress as progress_bar
 from ...errors import LoralloyError
 from ...live.learnable import Learnable
 from .coefficients import Coefficients, Form, Granularity
-from .config import LearnConfig
+from .config import ENOUGH, FINE, LearnConfig
 from .objective import Objective, frozen, shares
 from .replay import Steps
 from .result import Learned
@@ -42,7 +43,7 @@ def learn(
     space: str | None = None,
     form: Form = "sigmoid",
     b_max: float = 3.0,
-    granularity: Granularity = "adapter",
+    granularity: Granularity | Literal["auto"] = "auto",
     config: LearnConfig | None = None,
     learnable: Learnable | None = None,
     base: BaseRef | None = None,
@@ -58,7 +59,8 @@ def learn(
         bank: the adapters; all take part.
         objective: what the coefficients are judged by.
         rule, space: how they combine; None is "linear", and the rule's default space.
-        form, b_max, granularity: see :class:`Coefficients`.
+        form, b_max, granularity: see :class:`Coefficients`. "auto" is "layer" where there are 40 samples or more, at least 4 of
+            every stratum, else "adapter": by the validation rows of three benchmarks (docs/learn.md) layers gain from there on.
         config: how they are fitted.
         learnable: the bank in the model already, which saves making the terms; `rule` and `space` are then its own.
         base: what the loaded model is, where known; it is checked against the bank's.
@@ -69,6 +71,9 @@ def learn(
     """
     config = config or LearnConfig()
     began = time.perf_counter()
+    if granularity == "auto":
+        fewest = min(Counter(objective.strata).values(), default=0)
+        granularity = "layer" if fewest >= ENOUGH and objective.size >= FINE else "adapter"
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # wherever it is called, gradients flow here
         stack.enter_context(torch.enable_grad())
@@ -141,7 +146,7 @@ class _Run:
             by_stratum.setdefault(stratum, []).append(i)
         fewest = min(map(len, by_stratum.values()))
         if fraction == "auto":
-            fraction = 0.25 if fewest >= 4 else 0.0
+            fraction = 0.25 if fewest >= ENOUGH else 0.0
         rng = random.Random(config.seed)
         held = [
             i for rows in by_stratum.values() for i in rng.sample(rows, min(int(fraction * len(rows)), len(rows) - 1))
