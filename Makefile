@@ -43,11 +43,14 @@ report: setup
 	$(PY) -m loralloy index $(BANK_TASKS) -o .assets/index-report --rows 2000
 	$(PY) -m loralloy evaluate --index .assets/index-report --examples 1000 --write docs/results
 
+# Two processes, a file's tests in one of them; each has one thread, so that they do not wait for each other.
+TEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
 test: setup
-	$(PY) -m pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 test-slow: setup
-	$(PY) -m pytest
+	$(TEST)
 
 # Chromium is the system's (Playwright downloads none): on the path, or named in LORALLOY_CHROMIUM. Without it `make test` skips these.
 test-page: setup

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The benchmarks that want GPUs, one after the other on all GPUs of one machine, until the time is over; run it again to go on.
 #
-#   benchmarks/gpu.sh SECONDS JOBS PART...     PART: adaptive:BENCH[+BENCH], beside:BENCH, tada, serving, learning, shift
-#   benchmarks/gpu.sh 1600 26 adaptive:sentiment4+multiemo4 serving
+#   benchmarks/gpu.sh SECONDS JOBS PART...     PART: adaptive:BENCH[+BENCH], beside:BENCH[+BENCH], growth:BENCH, tada, serving, learning, shift
+#   benchmarks/gpu.sh 1600 26 adaptive:multiemo4 beside:sentiment4+emoji4 growth:text20
 #
 # adaptive:BENCH computes a bench whole, several part by part; beside:BENCH what its page in docs/results lacks, on the same adapters trained again
-# (then `report.py PAGE --write --add`). tada trains, chooses its designs by the development pairs and goes on to the final ones.
-# serving, learning and shift are timed or small: they have the last GPU to themselves. JOBS: processes side by side; 13 a GPU of
+# (then `report.py PAGE --write --add`). growth:BENCH trains a bench's adapters and times its growth. tada trains, chooses its designs by the development pairs and goes on to the final ones.
+# growth, serving, learning and shift are timed or small: they have the last GPU to themselves. JOBS: processes side by side; 13 a GPU of
 # 140 GB were found to keep it busy. Output goes to .assets/gpu/PART.log.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -33,6 +33,12 @@ for part in "$@"; do
       # shellcheck disable=SC2086  # several benches are several words
       "$python" benchmarks/adaptive/run.py --bench ${bench//+/ } "${more[@]}" --jobs "$jobs" --until "$(left)" > "$logs/$bench.log" 2>&1
       told "$bench" ;;
+    growth:*)
+      bench=${part#*:}
+      "$python" benchmarks/adaptive/run.py --bench "$bench" --parts own --jobs "$jobs" --until "$(left)" > "$logs/$bench-own.log" 2>&1
+      told "$bench-own"
+      [ "$(left)" -gt 30 ] || { echo "no time left to time $bench"; continue; }
+      alone "$bench" benchmarks/adaptive/run.py --bench "$bench" --parts f --jobs 1 --until "$(left)" ;;
     tada)
       export CUBLAS_WORKSPACE_CONFIG=:4096:8  # trainings that repeat themselves, as far as they do
       tada --parts task domain own screen develop
@@ -42,6 +48,6 @@ for part in "$@"; do
     serving) alone serving benchmarks/serving.py decode logits --device cuda --tokens 32 --limit "$(left)" --write ;;
     learning) alone learning benchmarks/learning.py --write ;;
     shift) alone shift benchmarks/tada/shift.py --write ;;
-    *) echo "part '$part' is not known: adaptive:BENCH, beside:BENCH, tada, serving, learning, shift" >&2; exit 2 ;;
+    *) echo "part '$part' is not known: adaptive:BENCH, beside:BENCH, growth:BENCH, tada, serving, learning, shift" >&2; exit 2 ;;
   esac
 done

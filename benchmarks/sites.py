@@ -120,7 +120,7 @@ class SiteWorker(Queue):
         return [self.adapter(self.out, group, job) for job in group.needs]
 
     def in_turn(self, group: Group) -> bool:
-        return bool(group.jobs)
+        return any(getattr(job, "before", None) is not None for job in group.jobs)
 
     def label(self, group: Group) -> str:
         return f"{group.site} {group.part}"

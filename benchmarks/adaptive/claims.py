@@ -110,7 +110,9 @@ def near_joint(b: Bench, kind: str) -> tuple[str, str, str] | None:
         for rival in dict.fromkeys((head, strongest)):
             gap = difference(cells, joints[rival])
             told = ", ".join(f"{settings[k]}" for k in ("rule", "space") if k in settings)
-            told += f", b_max {settings['b_max']:g}, by {settings['grain']}, {settings['per_class']} a class"
+            told += (
+                f", b_max {settings['b_max']:g}, by {settings['grain']}, {settings['per_class']} a class, {gap.n} seeds"
+            )
             said.append(
                 f"{OF_HEAD[head]} ({told}): {percent(Mean.of(list(cells.values())))}, {interval(gap)} to joint training "
                 f"({OF_HEAD[rival]})"
@@ -139,7 +141,10 @@ def past_sequential(b: Bench) -> tuple[str, str, str] | None:
     cells = b.cells.by_seed(**settings, domains=b.names, rank=None)
     gap, both = difference(cells, sequence), [s for s in cells if s in sequence]
     means = (percent(Mean.of([of[s] for s in both])) for of in (cells, sequence))
-    said = "{} against {}, ".format(*means) + f"{interval(gap)} (orders averaged; it keeps no rows, and one adapter)"
+    said = (
+        "{} against {}, ".format(*means)
+        + f"{interval(gap)} ({gap.n} seeds; orders averaged; it keeps no rows, and one adapter)"
+    )
     if settings["head"] != "random" and (like := b.chosen(head="random")) is not None:  # the head it was trained under
         same = b.cells.by_seed(**like[0], domains=b.names, rank=None)
         said += f"; under its own random head {percent(Mean.of(list(same.values())))}, {interval(difference(same, sequence))}"
@@ -240,7 +245,7 @@ def grows(name: str, cells: Cells) -> tuple[str, str, str]:
     )
     return (
         f"growth to {name}'s domains: coefficients still learn; time and memory grow linearly",
-        "; ".join(said),
+        "; ".join(said) or f"{len(cells.rows)} of its cells, fewer than three sizes of either rule",
         state,
     )
 

@@ -169,8 +169,8 @@ def test_more_steps_are_compared_seed_by_seed_and_ranks_have_their_columns(harne
     many = LEARNED | {"rule": "ties", "space": "delta", "per_class": 20, "grain": "layer"}
     for seed in (0, 1, 2):
         rows.append(row(0.6, seed, validation=0.5, **many))
-        if seed:
-            rows.append(row(0.6 + 0.02 * seed, seed, validation=0.55, **many | {"start": harness.cells.LONG}))
+        long = many | {"start": harness.cells.LONG}
+        rows.append(row(0.6 + 0.02 * seed, seed, validation=0.55, **long | ({} if seed else {"grain": "module"})))
         rows.append(row(0.5 + 0.1 * seed, seed, **LEARNED | {"rule": "ties", "space": "delta"}))
         for rank in (8, 32) if seed == 1 else ():
             rows.append(row(0.5 + rank / 100, seed, **LEARNED | {"rule": "ties", "space": "delta", "rank": rank}))
@@ -182,11 +182,58 @@ def test_more_steps_are_compared_seed_by_seed_and_ranks_have_their_columns(harne
         "| TIES, delta, by layer | 50.0 ± 0.0 | 55.0 ± 0.0 | +5.0 [+5.0, +5.0] | 60.0 ± 0.0 | 63.0 ± 1.4 | +3.0"
         in section
     )
-    assert "by module" not in section
+    assert "by module" not in section  # which has none of 60 steps
     section = text.split("## What the cut")[1].split("## ")[0]
     assert "| uncut | rank 8 | rank 32 | 8 - uncut | 32 - uncut |" in section
     assert "| TIES, delta | 60.0 | 58.0 | 82.0 | -2.0 (one seed) | +22.0 (one seed) |" in section
-    assert harness.tables.Bench(cells, NAMES, (NAMES,)).chosen(head="random")[0]["start"] == "scale"
+    bench = harness.tables.Bench(cells, NAMES, (NAMES,))
+    assert bench.chosen(head="random")[0]["start"] == "scale"
+
+
+def test_a_configuration_is_chosen_by_validation_rows_among_those_of_three_seeds(harness):
+    def best(*some):
+        rows = [
+            row(0.6, seed, validation=score, **LEARNED | {"rule": "ties", "space": "delta", **more})
+            for score, seeds, more in some
+            for seed in seeds
+        ]
+        return harness.tables.Bench(harness.results.Cells("emoji4", rows), NAMES, (NAMES,)).chosen(head="random")[0]
+
+    usual, layer, long = (0.5, range(5), {}), {"grain": "layer"}, {"start": harness.cells.LONG}
+    assert best(usual, (0.6, range(3), layer))["grain"] == "layer"
+    assert best(usual, (0.6, range(2), layer))["grain"] == "adapter", "two seeds are too few"
+    assert best((0.5, range(2), {}), (0.6, range(2), layer))["grain"] == "layer", "where none has three"
+    assert best(usual, (0.9, range(5), long))["start"] == "scale", "not a default"
+
+
+def test_growth_of_other_adapters_stays_and_that_of_the_page_s_own_does_not(harness, tmp_path, capsys, monkeypatch):
+    """text20 has adapters of its own; emoji7's are emoji4's, which may have been trained again."""
+    docs, cells = tmp_path / "docs", tmp_path / "cells"
+    docs.mkdir()
+    every = [json.loads(json.dumps(one)) for one in made_up(harness.cells)]
+    plan = harness.plan
+    bench = plan.BENCHES["emoji7"]
+    cell = next(c for g in plan.groups(bench, bench.stream()) for c in g.cells if c.how == "learned")
+    grown = row(0.6, **{k: v for k, v in dataclasses.asdict(cell).items() if v not in (None, "")})
+    words = ["emoji", "--docs", str(docs), "--cells", str(cells), "--write"]
+
+    def written():
+        assert harness.report.main(words) == 0
+        kept = json.loads((docs / "adaptive-emoji.json").read_text())["cells"]["emoji7"]
+        return len(kept), "no new cells of emoji7: the 1 that adaptive-emoji.json has stay" in capsys.readouterr().out
+
+    for name, some in (("emoji4", every), ("emoji7", [grown])):
+        (cells / name).mkdir(parents=True)
+        for n, one in enumerate(some):
+            (cells / name / f"{n}.json").write_text(json.dumps(one))
+    assert written() == (1, False)
+    assert "too few cells*. 1 of its cells, fewer than three sizes" in (docs / "adaptive-emoji.md").read_text()
+    (cells / "emoji7/0.json").unlink()
+    with monkeypatch.context() as m:
+        m.setitem(harness.report.BENCHES, "emoji7", dataclasses.replace(bench, share="others"))
+        assert written() == (1, True)
+    assert written() == (0, False)
+    assert written() == (0, False)
 
 
 def test_the_page_says_what_is_missing_and_nothing_when_all_is_there(harness):

@@ -202,6 +202,15 @@ def test_one_seed_is_for_masks_too(learn):
         (["--b-max", "-1"], ["b_max -1.0 is not valid"]),
         (["--form", "cubic"], ["form 'cubic' is not known; choose sigmoid, signed, softmax"]),
         (["--granularity", "row"], ["granularity 'row' is not known"]),
+        (
+            ["--strategy", "entropy", "--granularity", "auto"],
+            ["granularity 'auto' is not known; choose adapter, layer, module"],
+        ),
+        (
+            ["--strategy", "regmean", "--granularity", "auto"],
+            ["granularity 'auto' is not known; choose adapter, layer, module"],
+        ),
+        (["--form", "auto"], ["form 'auto' is not known"]),
         (["--start", "best"], ["--start 'best' is not valid; give scale or zero, or a number"]),
         (["--start", "7"], ["start 7.0 is not within (0, 3)"]),
         (["--lr", "0"], ["lr is 0"]),

@@ -43,10 +43,23 @@ def test_lists_make_a_grid(tmp_path):
         ("ties density=0.3 delta rank=4", "delta", 4),
         ("ties density=0.3 factors rank=4", "factors", 4),
     ]
+    assert [stream.strategies[n].granularity for n in (2, 6, 7)] == [
+        "adapter",
+        "layer",
+        "module",
+    ]  # the poster's by default
     five = stream.strategies[3]
     assert (five.b_max, five.buffer(stream.fields.buffer).per_class) == (1, 5)
     assert stream.strategies[8].scales == (0.5, 1.0)
     assert "per_class" not in five.settings and five.settings["b_max"] == 1
+
+
+def test_granularity_by_the_number_of_rows_is_for_what_learns_from_answers(tmp_path):
+    assert (
+        stream_of(tmp_path, strategies=[{"kind": "learned", "granularity": "auto"}]).strategies[0].granularity == "auto"
+    )
+    with pytest.raises(LoralloyError, match="granularity`: 'auto' is not known; give adapter, layer or module"):
+        stream_of(tmp_path, strategies=[{"kind": "entropy", "granularity": "auto"}])
 
 
 def test_paths_are_relative_to_the_file(tmp_path):

@@ -59,7 +59,7 @@ ALL = {"f", "l", "joint", "sequential"}
         ({"settings": {"train": {"lr": 1}}}, ALL),
         ({"settings": {"evaluate": {"limit": 1}}}, ALL),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_a_change_renames_what_it_changes(tmp_path, fields, which):
     assert changed(planned(tmp_path), planned(tmp_path, **fields)) == which

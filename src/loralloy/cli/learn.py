@@ -221,7 +221,9 @@ def _check_coefficients(given: dict[str, Any], strategy: str) -> None:
     from ..weighting.learned import Coefficients
 
     options: dict[str, Any] = {"b_max": B_MAX} if strategy == "entropy" else {}
-    options |= {name: given[name] for name in ("form", "granularity", "b_max") if given.get(name, "auto") != "auto"}
+    options |= {name: given[name] for name in ("form", "granularity", "b_max") if name in given}
+    if strategy == "gradient" and options.get("granularity") == "auto":
+        del options["granularity"]  # the number of examples says which
     start = given["config"].start
     relative = isinstance(start, str) or options.get("form") == "softmax"  # whose range is by the number of adapters
     Coefficients(["a"], ["m"], start="zero" if relative else start, **options)

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from ...errors import LoralloyError
 
-ENOUGH = 4  # samples that each stratum must have for a hold-out, and for coefficients finer than one an adapter, by default
-FINE = 40  # samples in all that those must have, too: the fewest, with 4 a stratum, at which they were tried
+ENOUGH = (
+    4  # samples a stratum from which on some are held out by default, and coefficients may be finer than one an adapter
+)
+FINE = 40  # samples in all that the latter needs, too: with so few it was tried at no fewer than 4 a stratum
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def learn(
         objective: what the coefficients are judged by.
         rule, space: how they combine; None is "linear", and the rule's default space.
         form, b_max, granularity: see :class:`Coefficients`. "auto" is "layer" where there are 40 samples or more, at least 4 of
-            every stratum, else "adapter": by the validation rows of three benchmarks (docs/learn.md) layers gain from there on.
+            every stratum, else "adapter" (docs/learn.md says what that rests on).
         config: how they are fitted.
         learnable: the bank in the model already, which saves making the terms; `rule` and `space` are then its own.
         base: what the loaded model is, where known; it is checked against the bank's.
