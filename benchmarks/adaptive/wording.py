@@ -4,8 +4,8 @@ from __future__ import annotations
 
 CHOSEN = (
     "The learner's settings are the library's defaults; choices that are made here are made on validation rows, and "
-    "where hindsight is a control it is called that. How fine coefficients are is said with each figure: the library's default for "
-    "it (by layer from 40 rows on) came after these pages, by their validation rows. "
+    "where hindsight is a control it is called that. How fine coefficients are is said with each figure: the library's "
+    "default for it (by layer from 40 rows on) came after these pages, by their validation rows. "
 )
 UNSEEN = "Nothing here was tuned on test rows."
 SEEN_PAGES = ("emoji", "sentiment")
