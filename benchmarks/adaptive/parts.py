@@ -126,6 +126,12 @@ def _path(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[
     return _merged(bench, stream, part, cells)
 
 
+def _path_by_layer(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    states = prefixes(stream.names, stream.orders)
+    cells = [learned(seed, domains, *CHOSEN[0], per_class=SIZES[-1], grain="layer") for domains in states]
+    return _merged(bench, stream, part, cells)
+
+
 def _path_of_prototypes(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
     states = prefixes(stream.names, stream.orders[:1])
     cells = [learned(seed, d, r, s, per_class=5, head="prototypes") for d in states for r, s in CHOSEN]
@@ -223,6 +229,7 @@ PARTS = {
     "lead": Part("train with the head learned on the first domain", _lead),
     "d": Part("classifier heads", _heads),
     "e": Part("the merge after every experience", _path),
+    "layers": Part("the merge after every experience, by layer, buffers of 20 rows a class", _path_by_layer),
     "z": Part("learned from the poster's start, c = 0", _zero),
     "even": Part("answers evened out over the buffer's inputs", _even),
     "r": Part("what the cut to a rank costs", _ranks),

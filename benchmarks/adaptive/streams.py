@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cells import CHOSEN
+from cells import CHOSEN, SIZES
 from results import Cells, Mean, Row, final, percent
 from tables import LEARNED, Bench, title
 
@@ -24,6 +24,8 @@ def configs(b: Bench) -> list[Config]:
         for k in b.follow:
             found.append((f"learned, {k} a class", rule, space, {**LEARNED, "per_class": k, "b_max": 3.0}))
         found.append(("fixed W=1", rule, space, {"how": "fixed", "weight": 1.0, "head": "random"}))
+    settings = {**LEARNED, "per_class": SIZES[-1], "b_max": 3.0, "grain": "layer"}
+    found.append((f"learned, by layer, {SIZES[-1]} a class", *CHOSEN[0], settings))
     for rule, space in CHOSEN:
         settings = {**LEARNED, "per_class": 5, "b_max": 3.0, "head": "prototypes"}
         found.append(("learned, 5 a class, head of prototypes (first order)", rule, space, settings))

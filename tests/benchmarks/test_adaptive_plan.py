@@ -68,6 +68,10 @@ def test_draws_are_the_learned_cells_of_the_table_on_other_rows(harness):
     assert all(c.draw == 0 for part, some in by.items() if part != "draws" for c in some)
     assert {c.start for c in by["v"]} == set(cells.STARTS)
     assert {c.rank for c in by["r"]} == {2, 6} and {c.start for c in by["long"]} == {cells.LONG}
+    assert {(c.rule, c.space, c.grain, c.per_class) for c in by["layers"]} == {("linear", "delta", "layer", 20)}
+    assert (
+        len({c.domains for c in by["layers"]} | {tuple(bench.stream().names)}) == 2 * 3 - 1
+    )  # two orders of three, one end
     plain = {dataclasses.replace(c, start="scale") for c in by["long"]}
     assert plain < by["large"], "what longer learning is compared with"
     assert list(harness.parts.PARTS)[-2] == "v" and "v" not in plan.BENCHES["multiemo4"].parts
