@@ -18,6 +18,7 @@ SIZES = (1, 2, 5, 20)  # buffer rows a class and domain
 DRAWS = (1, 2)  # of the buffer's rows, beside draw 0
 GRAINS = ("adapter", "layer", "module")
 CHOSEN = (("linear", "delta"), ("ties", "delta"))  # the merges that are looked at more closely
+FEW = (5, 20)  # rows a class and domain that an adapter is trained on alone, beside learning a merge from as many
 EVEN = "even_"
 HEADS = ("random", "learned", "prototypes")
 # where else the learner might begin: `strategies.begun` says what they are
@@ -27,7 +28,9 @@ LONG = "scale_long"  # the library's start, four times as many steps
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration. how: fixed, learned, fresh, search, entropy, regmean, geometry; base, own, joint and seq merge nothing.
+    """One configuration. how: fixed, learned, fresh, search, entropy, regmean, geometry; base, own, joint, few and seq merge
+    nothing.
+    few: one adapter trained from the base on `per_class` rows a class of each domain.
     even_learned and even_joint are those with their answers evened out over the buffer's inputs.
 
     "fresh" is learned on a buffer of rows that no adapter was trained on (its validation figures may hold those rows).
@@ -88,16 +91,22 @@ def cell_name(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter to train. domains: one, or several for joint training. after: the domains before it in a sequence."""
+    """One adapter to train. domains: one, or several for joint training. after: the domains before it in a sequence.
+
+    few: rows a class and domain that it is trained on; 0 for the stream's.
+    """
 
     seed: int
     domains: tuple[str, ...]
     after: tuple[str, ...] = ()
     head: str = "random"
     order: int = 0
+    few: int = 0
 
     @property
     def name(self) -> str:
+        if self.few:
+            return f"s{self.seed}/few{self.few}"
         own = "+".join(self.domains) if len(self.domains) == 1 else "joint"
         lead = f"lead{self.order}-" if self.head == "learned" else ""
         return f"s{self.seed}/{lead}{'-then-'.join((*self.after, own))}"
@@ -115,6 +124,8 @@ def needs(cell: Cell, orders: Sequence[Sequence[str]]) -> tuple[Job, ...]:
     lead = "learned" if cell.head == "learned" else "random"
     if cell.plain == "joint":
         return (Job(cell.seed, cell.domains, (), lead, cell.order if lead == "learned" else 0),)
+    if cell.how == "few":
+        return (Job(cell.seed, cell.domains, few=cell.per_class or 0),)
     if cell.how == "seq":
         order = tuple(orders[cell.order])
         return tuple(Job(cell.seed, order[t : t + 1], order[:t], lead) for t in range(len(order)))

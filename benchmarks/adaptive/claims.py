@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from cells import CHOSEN, GRAINS, SIZES
+from cells import CHOSEN, FEW, GRAINS, SIZES
 from results import Cells, Mean, difference, final, high, interval, low, percent
 from streams import QUANTITIES, growth_rows, line, measured
 from tables import OF_HEAD, WORDS, Bench, against_alpha_0, against_best, title
@@ -18,7 +18,16 @@ COLLAPSE = 0.10  # below the best weight
 
 def verdicts(b: Bench, kind: str, growing: dict[str, Cells]) -> list[tuple[str, str, str]]:
     """(statement, measured, verdict)."""
-    found = [better(b), within(b), near_joint(b, kind), past_sequential(b), forgetting(b), falls(b), *finer(b)]
+    found = [
+        better(b),
+        within(b),
+        near_joint(b, kind),
+        past_sequential(b),
+        past_few(b),
+        forgetting(b),
+        falls(b),
+        *finer(b),
+    ]
     found += [grows(name, cells) for name, cells in growing.items() if cells.rows]
     return [f for f in found if f is not None]
 
@@ -149,6 +158,20 @@ def past_sequential(b: Bench) -> tuple[str, str, str] | None:
         same = b.cells.by_seed(**like[0], domains=b.names, rank=None)
         said += f"; under its own random head {percent(Mean.of(list(same.values())))}, {interval(difference(same, sequence))}"
     return "best adaptive configuration above sequential fine-tuning of one adapter", said, judged(gap)
+
+
+def past_few(b: Bench) -> tuple[str, str, str] | None:
+    """What validation rows choose of merges learned from 20 rows a class, against an adapter trained on as many alone."""
+    trained = b.cells.by_seed(how="few", per_class=FEW[-1], domains=b.names)
+    choice = b.chosen(head="random", per_class=FEW[-1])
+    if not trained or choice is None:
+        return None
+    cells = b.cells.by_seed(**choice[0], domains=b.names, rank=None)
+    gap, both = difference(cells, trained), [s for s in cells if s in trained]
+    means = (percent(Mean.of([of[s] for s in both])) for of in (cells, trained))
+    told = f"{title(choice[0]['rule'], choice[0]['space'])}, by {choice[0]['grain']}: "
+    text = f"a merge learned from {FEW[-1]} rows a class above one adapter trained on as many rows alone"
+    return text, told + "{} against {}, ".format(*means) + f"{interval(gap)} ({gap.n} seeds)", judged(gap)
 
 
 def forgetting(b: Bench) -> tuple[str, str, str] | None:

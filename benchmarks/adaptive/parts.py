@@ -10,6 +10,7 @@ from cells import (
     B_MAX,
     CHOSEN,
     DRAWS,
+    FEW,
     GRAINS,
     GRID,
     LONG,
@@ -96,6 +97,14 @@ def _buffers(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterat
     grains = {k: bench.grains if k in (1, SIZES[-1]) else GRAINS[:2] for k in sizes}
     cells = [learned(seed, stream.names, r, s, 3.0, k, g) for r, s in CHOSEN for k in sizes for g in grains[k]]
     return _merged(bench, stream, part, cells)
+
+
+def _few(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    cells = [Cell("few", seed, tuple(stream.names), per_class=k) for k in FEW]
+    for cell in cells:
+        yield Group(bench.name, part, seed, needs(cell, stream.orders))
+    for cell in cells:
+        yield Group(bench.name, part, seed, (), (cell,), needs(cell, stream.orders))
 
 
 def _sequences(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
@@ -224,6 +233,7 @@ PARTS = {
     "c": Part("buffers of up to 5 rows a class, coefficients by adapter, layer and module", _buffers),
     "large": Part("buffers of 20 rows a class", _buffers),
     "b": Part("search, entropy and RegMean", _controls),
+    "few": Part("one adapter trained on as many rows as a buffer holds", _few),
     "seq": Part("train one adapter on each domain in turn", _sequences),
     "seqs": Part("sequential fine-tuning, evaluated after every domain", _sequential),
     "lead": Part("train with the head learned on the first domain", _lead),

@@ -26,7 +26,7 @@ class Bench:
     validation: rows a domain that choices are made on (None: all; 0: none). sizes: numbers of domains of a growth stream.
     buffers: rows a class that are tried. grains: of the coefficients. follow: rows a
     class on the way. zero: b_max from c = 0. rows_at_once: of one forward while learning, which bounds memory.
-    heavy: processes that may hold a buffer of 20 rows a class at once. few: gradient steps of a toy run.
+    heavy: processes that may hold a buffer of 20 rows a class at once. toy_steps: gradient steps of a toy run.
     """
 
     name: str
@@ -40,17 +40,17 @@ class Bench:
     zero: tuple[float, ...] = B_MAX
     rows_at_once: int = 128
     heavy: int = 3
-    few: int | None = None
+    toy_steps: int | None = None
     merges: tuple[tuple[str, str], ...] = field(default=tuple((r, s) for s in SPACES for r in RULES))
 
     def stream(self) -> DomainStream:
         return DomainStream.load(HERE / f"{self.name}.yaml")
 
 
-_IMAGES = {part: {"r": 3, "layers": 3, "long": 3}.get(part, 5) for part in PARTS if part != "f"}
+_IMAGES = {part: {"r": 3, "few": 3, "layers": 3, "long": 3}.get(part, 5) for part in PARTS if part != "f"}
 _TEXT = {
-    "own": 5, "a": 5, "draws": 5, "joint": 5, "alone": 5, "c": 3, "large": 5, "e": 3, "z": 3, "b": 3, "seq": 3, "seqs": 3, "r": 2,
-    "layers": 3, "even": 3, "long": 3,
+    "own": 5, "a": 5, "draws": 5, "joint": 5, "alone": 5, "c": 3, "large": 5, "e": 3, "z": 3, "b": 3, "few": 3, "seq": 3,
+    "seqs": 3, "layers": 3, "even": 3, "r": 2, "long": 3,
 }  # fmt: skip
 _OF_TEXT: dict[str, Any] = {"validation": 100, "rows_at_once": 32, "heavy": 12, "zero": (3.0,)}
 BENCHES = {
@@ -93,6 +93,6 @@ def toy(bench: Bench, stream: DomainStream) -> tuple[Bench, DomainStream]:
     changed = fields.model_copy(update={"train": fields.train | few, "evaluate": evaluate, "seeds": fields.seeds[:1]})
     names = bench.sizes and tuple(s for s in bench.sizes if s <= 3)
     small = dataclasses.replace(
-        bench, sizes=names, few=2, validation=4 if bench.validation is None else bench.validation and 4
+        bench, sizes=names, toy_steps=2, validation=4 if bench.validation is None else bench.validation and 4
     )
     return small, dataclasses.replace(stream, fields=changed)

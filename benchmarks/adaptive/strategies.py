@@ -42,7 +42,7 @@ def coefficients(
         from loralloy.weighting.candidates import Candidates
         from loralloy.weighting.searched import SearchConfig, search
 
-        few = {} if site.bench.few is None else {"budget": 3}
+        few = {} if site.bench.toy_steps is None else {"budget": 3}
         found = search(
             workshop.model, bank, workshop.objective(rows), config=SearchConfig(seed=cell.seed, **few), progress=False,
             candidates=Candidates(workshop.model, bank, live.rule, live.space, learnable=live),
@@ -55,8 +55,8 @@ def coefficients(
     # prototypes are made of all rows at every call: in one part, they are made once a step
     at_once = len(rows) if cell.head == "prototypes" else site.bench.rows_at_once
     config = dataclasses.replace(CONFIG if entropy else begun(cell, live), seed=cell.seed, rows_at_once=max(1, at_once))
-    if site.bench.few is not None:
-        config = dataclasses.replace(config, steps=site.bench.few, scales=(0.3, 0.75))
+    if site.bench.toy_steps is not None:
+        config = dataclasses.replace(config, steps=site.bench.toy_steps, scales=(0.3, 0.75))
     objective = workshop.objective(rows, "entropy" if entropy else "answer")
     done = (adamerging if entropy else learn)(
         workshop.model, bank, objective, rule=live.rule, space=live.space, b_max=cell.b_max, granularity=cell.grain,  # type: ignore[arg-type]

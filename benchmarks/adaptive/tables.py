@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cells import B_MAX, CHOSEN, GRAINS, GRID, HEADS, RULES, SIZES, SPACES
+from cells import B_MAX, CHOSEN, FEW, GRAINS, GRID, HEADS, RULES, SIZES, SPACES
 from results import Cells, Mean, Row, difference, final, interval, percent, validation
 
 from pages import table
@@ -170,6 +170,9 @@ def others(b: Bench) -> list[str]:
         ["joint training on all domains", "", percent(Mean.of(list(b.alone("joint").values())))],
         ["sequential fine-tuning (mean over orders)", "", percent(Mean.of(list(b.alone("seq").values())))],
     ]
+    for k in FEW:
+        found = b.cells.mean(how="few", per_class=k, domains=b.names)
+        rows.append([f"one adapter trained on {k} rows a class of each domain alone, 60 steps", "", percent(found)])
     kinds = (("search", "black-box search (LoraHub's objective)"), ("entropy", "entropy, no labels (AdaMerging)"),
              ("regmean", "closed form (after RegMean), no labels"))  # fmt: skip
     for how, name in kinds:

@@ -23,6 +23,7 @@ from loralloy.continual.experience import DomainStream, Experience
 from loralloy.continual.workshop import Workshop, composed, make_workshop
 from loralloy.live.learnable import Learnable
 from loralloy.merging import get_rule, merge
+from loralloy.weighting.learned import LearnConfig
 from loralloy.weights import Weights
 from queue_cells import slot
 
@@ -148,7 +149,28 @@ class Site(sites.Site):
         workshop.begin(job.seed, self.folder(lead) if leads else None)
         before = job.before
         init = None if before is None else self.folder(before)
-        workshop.train([workshop.experiences[d] for d in job.domains], out, job.seed, init)
+        experiences = [workshop.experiences[d] for d in job.domains]
+        with self.short(workshop, experiences, job.few) if job.few else contextlib.nullcontext():
+            workshop.train(experiences, out, job.seed, init)
+
+    @contextlib.contextmanager
+    def short(self, workshop: Any, experiences: Sequence[Experience], per_class: int) -> Iterator[None]:
+        """Training on the first rows of each domain, as many as a buffer has of it, for as many steps as a merge learns."""
+        usual, first = workshop.config, experiences[0]
+        classes = first.task.labels if first.task is not None else workshop.sets[first.name].classes
+        rows, steps = (
+            per_class * len(classes or ("",)),
+            LearnConfig().steps if self.bench.toy_steps is None else self.bench.toy_steps,
+        )
+        if first.task is None:  # each domain gets its share of the steps
+            changes = {"steps": max(1, steps // len(experiences))}
+        else:
+            changes = {"epochs": steps * usual.batch_size / (rows * len(experiences))}
+        workshop.config = dataclasses.replace(usual, limit=rows, **changes)
+        try:
+            yield
+        finally:
+            workshop.config = usual
 
     def cell(self, cell: Cell) -> dict[str, Any]:
         """Compute a cell."""
@@ -222,7 +244,7 @@ class Site(sites.Site):
             (job,) = needs(cell, self.stream.orders)
             with evened(self, cell, Adapter.load(self.folder(job)), rows) as told:
                 return {**self._score(cell, rows, names), **told}
-        if cell.how == "joint":
+        if cell.how in ("joint", "few"):
             (job,) = needs(cell, self.stream.orders)
             with composed(self.main, self.folder(job)):
                 return self._score(cell, rows, names, self.folder(job) if cell.head == "learned" else None)

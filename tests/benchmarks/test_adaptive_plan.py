@@ -19,8 +19,8 @@ LINEAR = (("linear", "factors"), ("linear", "delta"))
 def small(harness, monkeypatch):
     """A bench of few cells: two fixed weights, one b_max, task arithmetic."""
     plan = harness.plan
-    parts = {"own": 1, "a": 1, "seq": 1, "seqs": 1, "alone": 1, "joint": 1}
-    bench = dataclasses.replace(plan.BENCHES["emoji4"], parts=parts, merges=LINEAR, validation=4, few=2)
+    parts = {"own": 1, "a": 1, "seq": 1, "seqs": 1, "alone": 1, "joint": 1, "few": 1}
+    bench = dataclasses.replace(plan.BENCHES["emoji4"], parts=parts, merges=LINEAR, validation=4, toy_steps=2)
     monkeypatch.setitem(plan.BENCHES, "emoji4", bench)
     monkeypatch.setattr(harness.parts, "GRID", (0.5, 1.0))
     monkeypatch.setattr(harness.parts, "B_MAX", (3.0,))
@@ -141,8 +141,8 @@ def test_cells_are_right_resumed_and_failures_stay_alone(small, tiny, tmp_path, 
     failed = "s0-a+b+c-linear-delta-fixed-w0.5"
     assert failed not in cells
     # everything else is there: 2 spaces x (2 fixed, 1 learned, 1 fresh, geometry) less one, 2 fresh of 5 rows a class in
-    # delta space; base, own, joint; 2 orders
-    assert len(cells) == 2 * 5 - 1 + 2 + 3 + 2
+    # delta space; base, own, joint; 2 orders; 2 of adapters trained on few rows
+    assert len(cells) == 2 * 5 - 1 + 2 + 3 + 2 + 2
 
     stream = small.plan.BENCHES["emoji4"].stream()
     shop = make_workshop(stream)
@@ -171,6 +171,14 @@ def test_cells_are_right_resumed_and_failures_stay_alone(small, tiny, tmp_path, 
 
     learned = cells["s0-a+b+c-linear-delta-learned-b3-k1-adapter-scale"]
     assert learned["rows"] == 9 and learned["steps"] == 2 and set(learned["weights"]) == set("abc")
+    few, joint = (
+        json.loads((out / f"adapters/emoji/s0/{name}/metrics.json").read_text())["training"]
+        for name in ("few5", "joint")
+    )
+    assert (
+        few["rows"] == 5 * 9 < joint["rows"] and few["hyperparameters"]["limit"] == 15
+    )  # three classes, three domains
+    assert few["steps"] == 3 and joint["steps"] > 3, "a step for each domain, where a toy of a learner takes two"
     chain = cells["s0-a+b+c-seq-o1"]
     assert len(chain["matrix"]) == 3 and chain["matrix"][-1] == chain["test"]
 

@@ -190,6 +190,24 @@ def test_more_steps_are_compared_seed_by_seed_and_ranks_have_their_columns(harne
     assert bench.chosen(head="random")[0]["start"] == "scale"
 
 
+def test_merges_are_held_against_training_on_their_rows_alone(harness):
+    rows = [row(0.8, seed, how="joint") for seed in range(3)]
+    for seed in range(3):
+        usual = LEARNED | {"rule": "ties", "space": "delta"}
+        rows.append(row(0.9, seed, validation=0.9, **usual))  # of one row a class: of no concern here
+        rows.append(row(0.6 + 0.01 * seed, seed, validation=0.6, **usual | {"per_class": 20, "grain": "layer"}))
+        rows.append(row(0.7, seed, validation=0.5, **usual | {"per_class": 20}))
+        rows += [row(score, seed, how="few", per_class=k) for k, score in ((5, 0.3), (20, 0.4))]
+    found = {"emoji4": harness.results.Cells("emoji4", rows), "emoji7": harness.results.Cells("emoji7", [])}
+    built = harness.report.build("emoji", found)
+    _, said, state = verdict(built, "on as many rows alone")
+    assert (
+        said == "TIES, delta, by layer: 61.0 ± 1.0 against 40.0 ± 0.0, +21.0 [+18.5, +23.5] (3 seeds)"
+        and state == "met"
+    )
+    assert "| one adapter trained on 5 rows a class of each domain alone, 60 steps |  | 30.0 ± 0.0 |" in built[0]
+
+
 def test_a_configuration_is_chosen_by_validation_rows_among_those_of_three_seeds(harness):
     def best(*some):
         rows = [
