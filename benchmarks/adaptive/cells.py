@@ -18,7 +18,7 @@ SIZES = (1, 2, 5, 20)  # buffer rows a class and domain
 DRAWS = (1, 2)  # of the buffer's rows, beside draw 0
 GRAINS = ("adapter", "layer", "module")
 CHOSEN = (("linear", "delta"), ("ties", "delta"))  # the merges that are looked at more closely
-FEW = (5, 20)  # rows a class and domain that an adapter is trained on alone, beside learning a merge from as many
+FEW = (5, 20)  # buffers' rows a class and domain: an adapter is trained on as many alone
 EVEN = "even_"
 HEADS = ("random", "learned", "prototypes")
 # where else the learner might begin: `strategies.begun` says what they are
@@ -30,7 +30,7 @@ LONG = "scale_long"  # the library's start, four times as many steps
 class Cell:
     """One configuration. how: fixed, learned, fresh, search, entropy, regmean, geometry; base, own, joint, few and seq merge
     nothing.
-    few: one adapter trained from the base on `per_class` rows a class of each domain.
+    few: one adapter trained from the base on as many rows as a buffer of `per_class` holds, the first of each domain.
     even_learned and even_joint are those with their answers evened out over the buffer's inputs.
 
     "fresh" is learned on a buffer of rows that no adapter was trained on (its validation figures may hold those rows).

@@ -22,7 +22,7 @@ def check(site: Site) -> None:
     shop, bench = site.main, site.bench
     data = {f"data of {name}": shop.fingerprint(experience) for name, experience in shop.experiences.items()}
     judged = {"evaluation": shop.identity("evaluate"), "orders": site.stream.orders, "validation": bench.validation,
-              "toy_steps": bench.toy_steps}  # fmt: skip
+              "few": bench.toy_steps}  # fmt: skip
     with lock(site.out / "locks" / "stamp"):
         _compare(site.out / "adapters" / f"{bench.share}.json", data | {"training": shop.identity("train")})
         _compare(site.out / "cells" / f"{bench.name}.json", data | judged)

@@ -172,7 +172,13 @@ def others(b: Bench) -> list[str]:
     ]
     for k in FEW:
         found = b.cells.mean(how="few", per_class=k, domains=b.names)
-        rows.append([f"one adapter trained on {k} rows a class of each domain alone, 60 steps", "", percent(found)])
+        rows.append(
+            [
+                f"one adapter trained on as many rows as a buffer of {k} a class holds (the first of each domain), 60 steps",
+                "",
+                percent(found),
+            ]
+        )
     kinds = (("search", "black-box search (LoraHub's objective)"), ("entropy", "entropy, no labels (AdaMerging)"),
              ("regmean", "closed form (after RegMean), no labels"))  # fmt: skip
     for how, name in kinds:

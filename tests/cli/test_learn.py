@@ -201,7 +201,7 @@ def test_one_seed_is_for_masks_too(learn):
         (["--strategy", "regmean", "--ridge", "-1"], ["ridge is -1"]),
         (["--b-max", "-1"], ["b_max -1.0 is not valid"]),
         (["--form", "cubic"], ["form 'cubic' is not known; choose sigmoid, signed, softmax"]),
-        (["--granularity", "row"], ["granularity 'row' is not known"]),
+        (["--granularity", "row"], ["granularity 'row' is not known; choose auto, adapter, layer, module"]),
         (
             ["--strategy", "entropy", "--granularity", "auto"],
             ["granularity 'auto' is not known; choose adapter, layer, module"],

@@ -217,13 +217,14 @@ def _learn_config(strategy: str, given: dict[str, Any], seed: int) -> Any:
 
 def _check_coefficients(given: dict[str, Any], strategy: str) -> None:
     """Form, granularity, range and start, by the class that takes them."""
+    from ..layerwise import GRANULARITIES
     from ..weighting.adamerging import B_MAX
     from ..weighting.learned import Coefficients
 
     options: dict[str, Any] = {"b_max": B_MAX} if strategy == "entropy" else {}
     options |= {name: given[name] for name in ("form", "granularity", "b_max") if name in given}
-    if strategy == "gradient" and options.get("granularity") == "auto":
-        del options["granularity"]  # the number of examples says which
+    if strategy == "gradient" and (grain := options.pop("granularity", "auto")) not in ("auto", *GRANULARITIES):
+        raise LoralloyError(f"granularity {grain!r} is not known; choose auto, {', '.join(GRANULARITIES)}")
     start = given["config"].start
     relative = isinstance(start, str) or options.get("form") == "softmax"  # whose range is by the number of adapters
     Coefficients(["a"], ["m"], start="zero" if relative else start, **options)

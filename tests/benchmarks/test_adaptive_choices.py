@@ -1,0 +1,113 @@
+"""What the adaptive report compares and chooses by: draws, starts, steps, few rows, validation rows."""
+
+from __future__ import annotations
+
+from adaptive_pages import LEARNED, NAMES, row, verdict
+
+
+def test_a_seed_counts_once_however_many_draws_it_has(harness):
+    """Seed 0 has three draws (0.5, 0.6, 0.7), seed 1 one (0.65); only the table's cells have draws."""
+    rows = []
+    for seed, draws in ((0, (0.5, 0.6, 0.7)), (1, (0.65,))):
+        for weight in (0.25, 1.0):
+            rows.append(row(0.55 + 0.05 * seed, seed, rule="ties", space="delta", how="fixed", weight=weight))
+        for draw, score in enumerate(draws):
+            settings = LEARNED | {"rule": "ties", "space": "delta"} | ({"draw": draw} if draw else {})
+            rows.append(row(score, seed, **settings))
+        rows.append(row(0.7, seed, **LEARNED | {"rule": "ties", "space": "delta", "grain": "layer"}))
+        rows.append(row(0.8, seed, how="joint"))
+    built = harness.report.build(
+        "emoji", {"emoji4": harness.results.Cells("emoji4", rows), "emoji7": harness.results.Cells("emoji7", [])}
+    )
+    text = built[0]
+    table, controls, buffers = (text.split(f"## {heading}")[1].split("## ")[0] for heading in (
+        "The poster's table", "Learned against its controls", "Buffer size"
+    ))  # fmt: skip
+    assert "| 62.5 ± 3.5 |" in table  # of 60 and 65, not of four cells (61.25)
+    assert "mean over its draws of the buffer's rows (1 to 3)" in table and "deviation of 10.0 points" in table
+    assert "| TIES, delta | 3 | 1 | +5.0 [+5.0, +5.0]" in controls
+    assert "| by adapter | 57.5 ± 10.6 |" in buffers  # draw 0: 50 and 65
+    assert "| layer - adapter | +12.5" in buffers
+    assert "ties: +5.0 [+5.0, +5.0]" in verdict(built, "alpha_0")[1]
+    without = [r for r in rows if not r["cell"].get("draw")]
+    found = {"emoji4": harness.results.Cells("emoji4", without), "emoji7": harness.results.Cells("emoji7", [])}
+    assert "draws of the" not in harness.report.build("emoji", found)[0].split("## The poster's table")[1]
+
+
+def test_starts_are_compared_where_all_were_run_and_not_chosen_from(harness):
+    rows = []
+    for seed in (0, 1, 2):
+        for start, score in (("scale", 0.5), ("match", 0.52 + 0.002 * seed), ("near", 0.9)):
+            for rule in ("ties", "linear"):
+                if start != "near" or (rule == "ties" and seed < 2):
+                    settings = LEARNED | {"rule": rule, "space": "delta", "start": start}
+                    rows.append(row(0.6, seed, validation=score + (0.3 if rule == "linear" else 0.0), **settings))
+        rows.append(row(0.8, seed, how="joint"))
+    cells = harness.results.Cells("emoji4", rows)
+    text, _, _ = harness.report.build("emoji", {"emoji4": cells, "emoji7": harness.results.Cells("emoji7", [])})
+    section = text.split("## Where the learner begins")[1]
+    assert "Over 2 pairs of a merge and a seed that all of these have: TIES, delta; seeds 0, 1." in section
+    assert "| 50.0 ± 0.0 |  |" in section and "| 52.1 ± 0.1 | +2.1 [+0.8, +3.4] |" in section
+    assert "| 90.0 ± 0.0 | +40.0 [+40.0, +40.0] |" in section and "match_pull" not in section
+    bench = harness.tables.Bench(cells, NAMES, (NAMES,))
+    assert bench.chosen(head="random")[0]["start"] == "scale"
+
+
+def test_more_steps_are_compared_seed_by_seed_and_ranks_have_their_columns(harness):
+    rows = []
+    many = LEARNED | {"rule": "ties", "space": "delta", "per_class": 20, "grain": "layer"}
+    for seed in (0, 1, 2):
+        rows.append(row(0.6, seed, validation=0.5, **many))
+        long = many | {"start": harness.cells.LONG}
+        rows.append(row(0.6 + 0.02 * seed, seed, validation=0.55, **long | ({} if seed else {"grain": "module"})))
+        rows.append(row(0.5 + 0.1 * seed, seed, **LEARNED | {"rule": "ties", "space": "delta"}))
+        for rank in (8, 32) if seed == 1 else ():
+            rows.append(row(0.5 + rank / 100, seed, **LEARNED | {"rule": "ties", "space": "delta", "rank": rank}))
+        rows.append(row(0.8, seed, how="joint"))
+    cells = harness.results.Cells("emoji4", rows)
+    text, _, _ = harness.report.build("emoji", {"emoji4": cells, "emoji7": harness.results.Cells("emoji7", [])})
+    section = text.split("## More steps")[1].split("## ")[0]
+    assert (
+        "| TIES, delta, by layer | 50.0 ± 0.0 | 55.0 ± 0.0 | +5.0 [+5.0, +5.0] | 60.0 ± 0.0 | 63.0 ± 1.4 | +3.0"
+        in section
+    )
+    assert "by module" not in section  # which has none of 60 steps
+    section = text.split("## What the cut")[1].split("## ")[0]
+    assert "| uncut | rank 8 | rank 32 | 8 - uncut | 32 - uncut |" in section
+    assert "| TIES, delta | 60.0 | 58.0 | 82.0 | -2.0 (one seed) | +22.0 (one seed) |" in section
+    bench = harness.tables.Bench(cells, NAMES, (NAMES,))
+    assert bench.chosen(head="random")[0]["start"] == "scale"
+
+
+def test_merges_are_held_against_training_on_their_rows_alone(harness):
+    rows = [row(0.8, seed, how="joint") for seed in range(3)]
+    for seed in range(3):
+        usual = LEARNED | {"rule": "ties", "space": "delta"}
+        rows.append(row(0.9, seed, validation=0.9, **usual))  # of one row a class: of no concern here
+        rows.append(row(0.6 + 0.01 * seed, seed, validation=0.6, **usual | {"per_class": 20, "grain": "layer"}))
+        rows.append(row(0.7, seed, validation=0.5, **usual | {"per_class": 20}))
+        rows += [row(score, seed, how="few", per_class=k) for k, score in ((5, 0.3), (20, 0.4))]
+    found = {"emoji4": harness.results.Cells("emoji4", rows), "emoji7": harness.results.Cells("emoji7", [])}
+    built = harness.report.build("emoji", found)
+    _, said, state = verdict(built, "on as many rows alone")
+    assert (
+        said == "TIES, delta, by layer: 61.0 ± 1.0 against 40.0 ± 0.0, +21.0 [+18.5, +23.5] (3 seeds)"
+        and state == "met"
+    )
+    assert "as a buffer of 5 a class holds (the first of each domain), 60 steps |  | 30.0 ± 0.0 |" in built[0]
+
+
+def test_a_configuration_is_chosen_by_validation_rows_among_those_of_three_seeds(harness):
+    def best(*some):
+        rows = [
+            row(0.6, seed, validation=score, **LEARNED | {"rule": "ties", "space": "delta", **more})
+            for score, seeds, more in some
+            for seed in seeds
+        ]
+        return harness.tables.Bench(harness.results.Cells("emoji4", rows), NAMES, (NAMES,)).chosen(head="random")[0]
+
+    usual, layer, long = (0.5, range(5), {}), {"grain": "layer"}, {"start": harness.cells.LONG}
+    assert best(usual, (0.6, range(3), layer))["grain"] == "layer"
+    assert best(usual, (0.6, range(2), layer))["grain"] == "adapter", "two seeds are too few"
+    assert best((0.5, range(2), {}), (0.6, range(2), layer))["grain"] == "layer", "where none has three"
+    assert best(usual, (0.9, range(5), long))["start"] == "scale", "not a default"
