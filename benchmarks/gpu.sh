@@ -2,7 +2,7 @@
 # The benchmarks that want GPUs, one after the other on all GPUs of one machine, until the time is over; run it again to go on.
 #
 #   benchmarks/gpu.sh SECONDS JOBS PART...     PART: adaptive:BENCH[+BENCH], beside:BENCH[+BENCH], growth:BENCH, tada, serving, learning, shift
-#   benchmarks/gpu.sh 1600 26 adaptive:multiemo4 beside:sentiment4+emoji4 growth:text20
+#   benchmarks/gpu.sh 1500 26 beside:sentiment4+emoji4 growth:text20
 #
 # adaptive:BENCH computes a bench whole, several part by part; beside:BENCH what its page in docs/results lacks, on the same adapters trained again
 # (then `report.py PAGE --write --add`). growth:BENCH trains a bench's adapters and times its growth. tada trains, chooses its designs by the development pairs and goes on to the final ones.

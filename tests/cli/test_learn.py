@@ -267,9 +267,9 @@ def test_other_refusals(learn, cli, world, tmp_path):
 
 def test_ctrl_c_leaves_nothing(learn, tmp_path, monkeypatch):
     """A real SIGINT, in the middle of the steps."""
-    from loralloy.weighting.learned import fit
+    from loralloy.weighting.learned.run import Run
 
-    real, steps = fit._Run._note, []
+    real, steps = Run._note, []
 
     def note(self, step, *arguments):
         real(self, step, *arguments)
@@ -277,7 +277,7 @@ def test_ctrl_c_leaves_nothing(learn, tmp_path, monkeypatch):
         if step == 3:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(fit._Run, "_note", note)
+    monkeypatch.setattr(Run, "_note", note)
     (tmp_path / "out").mkdir()
     ran = learn("--plot", tmp_path / "out" / "w.png", out="out/w.json")
     assert (ran.code, ran.out) == (130, "") and "Traceback" not in ran.err

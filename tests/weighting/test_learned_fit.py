@@ -185,6 +185,20 @@ def test_parts_make_the_same_gradient(bank):
     assert [h["loss"] for h in parts.history] == pytest.approx([h["loss"] for h in whole.history], rel=1e-3)
 
 
+def test_parts_are_of_about_one_length(bank):
+    """Rows of an objective that tells their lengths: the same run, each part's lengths beside the next's."""
+    objective = Regression({"a": 1.4, "b": 0.1, "c": 0.7}, bank)
+    objective.strata = ["x"] * 9 + ["y"] * 5 + ["z"] * 2
+    config = LearnConfig(hold_out=0.0, steps=20, start=0.5)
+    whole = learn(objective.model, bank, objective, config=config, progress=False)
+    objective.lengths, objective.seen = [(7 * i) % 16 for i in range(16)], []
+    parts = learn(objective.model, bank, objective, config=dataclasses.replace(config, rows_at_once=5), progress=False)
+    assert dict(parts.weights.items()) == pytest.approx(dict(whole.weights.items()), rel=1e-3)
+    assert [h["loss"] for h in parts.history] == pytest.approx([h["loss"] for h in whole.history], rel=1e-3)
+    seen = [[objective.lengths[i] for i in rows] for rows in objective.seen[:4]]
+    assert seen == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15]]
+
+
 def test_the_same_seed_gives_the_same_weights(bank):
     objective = Regression({"a": 1.4, "b": 0.1, "c": 0.7}, bank, noise=0.5)
     runs = [

@@ -28,7 +28,8 @@ class Objective(Protocol):
         size: how many examples there are.
         strata: of each example, what it is one of ("tweets/positive"): losses average over these, and hold-outs are even.
 
-    An objective may have `losses(rows, step) -> [len(rows)]`, the loss of each; then a run works through many rows in parts.
+    An objective may have `losses(rows, step) -> [len(rows)]`, the loss of each; then a run works through many rows in parts,
+    and where it has `lengths`, a number an example, in parts of about one length: a part is padded to its longest.
     And `feed(rows, step)`, called before each: it says that the work never waits for the device and takes what changes from
     step to step from tensors that `feed` fills, so that a step may be recorded (see :mod:`.replay`). It returns all tensors
     that the loss of these rows reads, for a recording to keep.
@@ -141,6 +142,7 @@ class TextObjective:
         self._batches: dict[tuple[int, ...], _Batch] = {}
         known: dict[str, list[int]] = {}
         self._prompts = [encode_prompt(tokenizer, e.prompt) for e in examples]
+        self.lengths = [len(p) for p in self._prompts]
         self._options: list[list[list[int]]] = []
         self._gold: list[int] = []
         for e in examples:
