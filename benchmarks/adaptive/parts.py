@@ -141,6 +141,15 @@ def _path_by_layer(bench: Bench, stream: DomainStream, part: str, seed: int) -> 
     return _merged(bench, stream, part, cells)
 
 
+def _path_of_best(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    """With the head learned on the first domain, along the first order alone: its adapters are that order's."""
+    cells: list[Cell] = []
+    for settings in bench.best:
+        orders = stream.orders[:1] if settings.get("head") == "learned" else stream.orders
+        cells += [learned(seed, domains, **settings) for domains in prefixes(stream.names, orders)]
+    return _merged(bench, stream, part, cells)
+
+
 def _path_of_prototypes(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
     states = prefixes(stream.names, stream.orders[:1])
     cells = [learned(seed, d, r, s, per_class=5, head="prototypes") for d in states for r, s in CHOSEN]
@@ -240,6 +249,7 @@ PARTS = {
     "d": Part("classifier heads", _heads),
     "e": Part("the merge after every experience", _path),
     "layers": Part("the merge after every experience, by layer, buffers of 20 rows a class", _path_by_layer),
+    "best": Part("the merge after every experience, of the configurations that validation rows chose", _path_of_best),
     "z": Part("learned from the poster's start, c = 0", _zero),
     "even": Part("answers evened out over the buffer's inputs", _even),
     "r": Part("what the cut to a rank costs", _ranks),

@@ -25,7 +25,8 @@ class Bench:
 
     validation: rows a domain that choices are made on (None: all; 0: none). sizes: numbers of domains of a growth stream.
     buffers: rows a class that are tried. grains: of the coefficients. follow: rows a
-    class on the way. zero: b_max from c = 0. rows_at_once: of one forward while learning, which bounds memory.
+    class on the way. best: the configurations that validation rows chose when all domains had come, followed over the experiences
+    after that. zero: b_max from c = 0. rows_at_once: of one forward while learning, which bounds memory.
     heavy: processes that may hold a buffer of 20 rows a class at once. toy_steps: gradient steps of a toy run.
     """
 
@@ -37,6 +38,7 @@ class Bench:
     buffers: tuple[int, ...] = SIZES
     grains: tuple[str, ...] = GRAINS
     follow: tuple[int, ...] = (1, 20)
+    best: tuple[dict[str, Any], ...] = ()
     zero: tuple[float, ...] = B_MAX
     rows_at_once: int = 128
     heavy: int = 3
@@ -47,18 +49,30 @@ class Bench:
         return DomainStream.load(HERE / f"{self.name}.yaml")
 
 
-_IMAGES = {part: {"r": 3, "few": 3, "layers": 3, "long": 3}.get(part, 5) for part in PARTS if part != "f"}
+_SUM: dict[str, Any] = {"rule": "linear", "space": "delta", "b_max": 3.0, "per_class": 20}
+_DARE: dict[str, Any] = {"rule": "dare_ties", "space": "delta", "b_max": 5.0, "per_class": 1, "grain": "adapter"}
+_IMAGES = {part: {"r": 3, "few": 3, "layers": 3, "best": 3, "long": 3}.get(part, 5) for part in PARTS if part != "f"}
 _TEXT = {
     "own": 5, "a": 5, "draws": 5, "joint": 5, "alone": 5, "c": 3, "large": 5, "e": 3, "z": 3, "b": 3, "few": 3, "seq": 3,
-    "seqs": 3, "layers": 3, "even": 3, "r": 2, "long": 3,
+    "seqs": 3, "layers": 3, "best": 3, "even": 3, "r": 2, "long": 3,
 }  # fmt: skip
 _OF_TEXT: dict[str, Any] = {"validation": 100, "rows_at_once": 32, "heavy": 12, "zero": (3.0,)}
 BENCHES = {
     b.name: b
     for b in (
-        Bench("emoji4", _IMAGES, "emoji"),
-        Bench("sentiment4", _TEXT, "sentiment4", follow=(1, 5), **_OF_TEXT),
-        Bench("multiemo4", _TEXT, "multiemo4", buffers=(1, 5, 20), follow=(1,), **_OF_TEXT),
+        Bench(
+            "emoji4", _IMAGES, "emoji", best=(_SUM | {"grain": "module"}, _SUM | {"grain": "layer", "head": "learned"})
+        ),
+        Bench("sentiment4", _TEXT, "sentiment4", follow=(1, 5), best=(_DARE,), **_OF_TEXT),
+        Bench(
+            "multiemo4",
+            _TEXT,
+            "multiemo4",
+            buffers=(1, 5, 20),
+            follow=(1,),
+            best=(_SUM | {"grain": "module"},),
+            **_OF_TEXT,
+        ),
         Bench("emoji7", {"own": 1, "f": 1}, "emoji", validation=0, sizes=(1, 2, 3, 4, 5, 6, 7)),
         Bench("text20", {"own": 1, "f": 1}, "text20", validation=0, sizes=(2, 5, 10, 15, 20), rows_at_once=64),
     )

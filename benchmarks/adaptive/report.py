@@ -89,7 +89,8 @@ def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str,
     """The page's text, its verdicts and its picture."""
     name, more = PAGES[page]
     stream = BENCHES[name].stream()
-    b = tables.Bench(found[name], tuple(stream.names), stream.orders, BENCHES[name].follow)
+    bench = BENCHES[name]
+    b = tables.Bench(found[name], tuple(stream.names), stream.orders, bench.follow, bench.best)
     kind, growing = stream.fields.kind, {bench: found[bench] for bench in more}
     devices = sorted({row["device"] for cells in growing.values() for row in cells.rows})
     drawn = f" {said}" if (said := checks.drawn(b)) else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 from cells import CHOSEN, SIZES
 from results import Cells, Mean, Row, final, percent
-from tables import LEARNED, Bench, title
+from tables import LEARNED, OF_HEAD, Bench, title
 
 from loralloy.continual.metrics import Metrics
 from pages import table
@@ -26,6 +26,13 @@ def configs(b: Bench) -> list[Config]:
         found.append(("fixed W=1", rule, space, {"how": "fixed", "weight": 1.0, "head": "random"}))
     settings = {**LEARNED, "per_class": SIZES[-1], "b_max": 3.0, "grain": "layer"}
     found.append((f"learned, by layer, {SIZES[-1]} a class", *CHOSEN[0], settings))
+    for chosen in b.best:
+        settings = {**LEARNED, **{k: v for k, v in chosen.items() if k not in ("rule", "space")}}
+        said = "" if settings["grain"] == "adapter" else f", by {settings['grain']}"
+        said += f", {settings['per_class']} a class"
+        said += "" if settings["b_max"] == 3 else f", b_max = {settings['b_max']:g}"
+        said += "" if settings["head"] == "random" else f", {OF_HEAD[settings['head']]} (first order)"
+        found.append((f"learned{said}", chosen["rule"], chosen["space"], settings))
     for rule, space in CHOSEN:
         settings = {**LEARNED, "per_class": 5, "b_max": 3.0, "head": "prototypes"}
         found.append(("learned, 5 a class, head of prototypes (first order)", rule, space, settings))
@@ -44,9 +51,12 @@ def path(b: Bench, config: Config, seed: int, order: Sequence[str]) -> list[Row]
     return rows
 
 
-def _metrics(matrix: Sequence[dict[str, float]], base: dict[str, float], order: Sequence[str]) -> dict[str, float]:
-    found = Metrics.of([[row[n] for n in order] for row in matrix], [base[n] for n in order])
-    return {name: getattr(found, name) for name in METRICS}
+def _metrics(
+    matrix: Sequence[dict[str, float]], base: dict[str, float] | None, order: Sequence[str]
+) -> dict[str, float]:
+    """Without a base, under a head that was trained with an adapter, there is no forward transfer."""
+    found = Metrics.of([[row[n] for n in order] for row in matrix], [(base or {}).get(n, 0.0) for n in order])
+    return {name: getattr(found, name) for name in METRICS if base is not None or name != "forward_transfer"}
 
 
 def measured(b: Bench) -> dict[tuple[str, str, str], dict[str, Mean]]:
@@ -54,7 +64,8 @@ def measured(b: Bench) -> dict[tuple[str, str, str], dict[str, Mean]]:
     result = {}
     for config in [*configs(b), ("sequential fine-tuning", "", "", {})]:
         head = config[3].get("head", "random")
-        bases = {row["cell"]["seed"]: row["test"] for row in b.cells.find(how="base", head=head)}
+        of = "random" if head == "learned" else head
+        bases = {row["cell"]["seed"]: row["test"] if of == head else None for row in b.cells.find(how="base", head=of)}
         by: dict[int, list[dict[str, float]]] = {}
         for seed, base in bases.items():
             for n, order in enumerate(b.orders):
@@ -68,7 +79,8 @@ def measured(b: Bench) -> dict[tuple[str, str, str], dict[str, Mean]]:
                     by.setdefault(seed, []).append(_metrics(matrix, base, order))
         if by:
             result[config[:3]] = {
-                name: Mean.of([sum(m[name] for m in some) / len(some) for some in by.values()]) for name in METRICS
+                name: Mean.of([sum(m[name] for m in some) / len(some) for some in by.values() if name in some[0]])
+                for name in METRICS
             }
     return result
 
@@ -100,7 +112,8 @@ def coefficients(b: Bench) -> list[str]:
                 [f"{t + 1} {order[t]}", *("" if w is None else f"{w:.2f}" for w in weights),
                  *(("" if s is None else f"{100 * s:.1f}" if j <= t else f"({100 * s:.1f})") for j, s in enumerate(scores))]
             )  # fmt: skip
-        said = f"{title(config[1], config[2])} space, {config[0]}, b_max = 3, {len(paths)} seeds"
+        bound = "" if "b_max" in config[0] else ", b_max = 3"
+        said = f"{title(config[1], config[2])} space, {config[0]}{bound}, {len(paths)} seeds"
         lines += [f"{said} (in brackets: domains still to come):", ""]
         lines += table(["experience", *(f"w {n}" for n in order), *(f"{n}, %" for n in order)], rows)
     return lines

@@ -43,8 +43,9 @@ class Bench:
         names: tuple[str, ...],
         orders: tuple[tuple[str, ...], ...],
         follow: tuple[int, ...] = (1, 20),
+        best: tuple[dict[str, Any], ...] = (),
     ) -> None:
-        self.cells, self.names, self.orders, self.follow = cells, names, orders, follow
+        self.cells, self.names, self.orders, self.follow, self.best = cells, names, orders, follow, best
 
     def fixed(self, rule: str, space: str, weight: float) -> dict[int, float]:
         return self.cells.by_seed(how="fixed", rule=rule, space=space, weight=weight, domains=self.names, head="random")

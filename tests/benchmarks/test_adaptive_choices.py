@@ -97,6 +97,27 @@ def test_merges_are_held_against_training_on_their_rows_alone(harness):
     assert "as a buffer of 5 a class holds (the first of each domain), 60 steps |  | 30.0 ± 0.0 |" in built[0]
 
 
+def test_the_chosen_configuration_is_followed_over_the_experiences(harness):
+    """Under the head of the first domain along the first order alone, and without forward transfer: it has no base."""
+    order, rows = ("a", "b", "c"), [row(0.3, seed, how="base") for seed in range(3)]
+    chosen = {"rule": "dare_ties", "space": "delta", "b_max": 5.0, "per_class": 1, "grain": "adapter"}
+    lead = {"rule": "linear", "space": "delta", "b_max": 3.0, "per_class": 20, "grain": "layer", "head": "learned"}
+    for seed in range(3):
+        for t, score in ((1, 0.9), (2, 0.8), (3, 0.7)):
+            rows.append(row(score - 0.01 * seed, seed, order[:t], **LEARNED | chosen))
+            rows.append(row(score - 0.1, seed, order[:t], **LEARNED | lead))
+    bench = harness.tables.Bench(
+        harness.results.Cells("emoji4", rows), NAMES, (order, ("c", "a", "b")), (), (chosen, lead)
+    )
+    text = "\n".join(harness.streams.path_table(bench))
+    assert "| learned, 1 a class, b_max = 5 | DARE-TIES, delta | 69.0 ± 1.0 | 79.0 ± 1.0 | 15.0 ± 0.0 |" in text
+    line = next(one for one in text.splitlines() if "head of the first domain (first order)" in one)
+    assert "| 60.0 ± 0.0 | 70.0 ± 0.0 | 15.0 ± 0.0 | -15.0 ± 0.0 |  | 3 |" in line
+    assert harness.claims.forgetting(bench)[2].startswith("met in 0, not shown in 0, missed in 2 of 2")
+    text = "\n".join(harness.streams.coefficients(bench))
+    assert "delta space, learned, 1 a class, b_max = 5, 3 seeds" in text and "(first order), b_max = 3, 3 seeds" in text
+
+
 def test_a_configuration_is_chosen_by_validation_rows_among_those_of_three_seeds(harness):
     def best(*some):
         rows = [

@@ -72,6 +72,12 @@ def test_draws_are_the_learned_cells_of_the_table_on_other_rows(harness):
     assert (
         len({c.domains for c in by["layers"]} | {tuple(bench.stream().names)}) == 2 * 3 - 1
     )  # two orders of three, one end
+    best = {(c.grain, c.head): set() for c in by["best"]}
+    for c in by["best"]:
+        best[c.grain, c.head].add(c.domains)
+    names = tuple(bench.stream().names)
+    assert best["module", "random"] | {names} == {c.domains for c in by["layers"]} | {names}
+    assert len(best["layer", "learned"] | {names}) == 3, "the head's own order alone"
     plain = {dataclasses.replace(c, start="scale") for c in by["long"]}
     assert plain < by["large"], "what longer learning is compared with"
     assert list(harness.parts.PARTS)[-2] == "v" and "v" not in plan.BENCHES["multiemo4"].parts
