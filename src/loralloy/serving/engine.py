@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from ..errors import LoralloyError
+from ..memory import give_back, keep_steady
 from ..weights import Weights
-from .memory import give_back, keep_steady
 from .rows import Event, Row
 from .sampling import Sampling
 from .scheduler import Scheduler

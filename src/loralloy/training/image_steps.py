@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import console, progress
 from ..errors import LoralloyError
+from ..memory import reused
 from .data import mix
 from .image_config import ImageTrainConfig
 from .loop import LOG_EVERY
@@ -41,7 +42,7 @@ def image_steps(
     devices = [device] if device.type == "cuda" else []
     model.train(config.dropout > 0)  # the backbone has no other dropout that training wants
     began = time.perf_counter()
-    with torch.random.fork_rng(devices=devices), progress() as bar:
+    with torch.random.fork_rng(devices=devices), reused(device), progress() as bar:
         torch.manual_seed(mix(seed, 2))
         task = bar.add_task(title, total=config.steps)
         for step in range(config.steps):

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..console import console
 from ..errors import LoralloyError
+from ..memory import reused
 from . import checkpoint
 from .config import TrainConfig
 from .data import IGNORED, Encoded, collate, epoch_batches, mix
@@ -196,6 +197,7 @@ def fit(
         _accelerator(device, tracker, runs, config.to_dict()) as accelerator,
         torch.random.fork_rng(devices=devices),
         repeatable(device),
+        reused(device),
         _Display(title, start, total) as display,
     ):
         ready, optimizer = accelerator.prepare(model, optimizer)

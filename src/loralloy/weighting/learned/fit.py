@@ -14,6 +14,7 @@ from torch import nn
 from ...console import progress as progress_bar
 from ...errors import LoralloyError
 from ...live.learnable import Learnable
+from ...memory import reused
 from .coefficients import Coefficients, Form, Granularity
 from .config import ENOUGH, FINE, LearnConfig
 from .objective import Objective, frozen
@@ -85,6 +86,7 @@ def learn(
         stack.enter_context(frozen(objective.model))
         stack.enter_context(frozen(model))
         stack.enter_context(live.at(None))
+        stack.enter_context(reused(live.device))
         run = Run(live, objective, coefficients, config, bar)
         stack.callback(run.steps.close)
         searched = run.search() if config.start == "scale" else []

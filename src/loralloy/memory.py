@@ -1,12 +1,17 @@
-"""Memory of a long-running server, kept from growing by fragments."""
+"""What glibc does with freed memory: a long-running server gives it back, steps of one size use it again."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 _TRIM, _MMAP, _ARENAS = -1, -3, -8  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX of glibc's malloc.h
+_MOST, _NEVER = 2**31 - 1, -1
+_usual = (1 << 25, 1 << 26)  # (_MMAP, _TRIM) outside `reused`: at first where glibc's own adjustment ends
+_inside = 0
 
 
 def give_back() -> bool:
@@ -37,8 +42,34 @@ def keep_steady(large: int = 1 << 17, arenas: int = 2) -> bool:
     mallopt = _glibc("mallopt")
     if mallopt is None:
         return False
-    mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+    global _usual
+    _usual = (large, large)
     return all([mallopt(_MMAP, large), mallopt(_TRIM, large), mallopt(_ARENAS, arenas)])
+
+
+@contextlib.contextmanager
+def reused(device: Any) -> Iterator[bool]:
+    """Have glibc's malloc keep what is freed inside the block, where `device` is a CPU; whether it does. For the whole process.
+
+    A step of training frees gigabytes of activations. By default glibc gives them back to the system, and the next step gets
+    them as fresh pages, each a fault that clears it first. After the block what is free is given back.
+    """
+    global _inside
+    mallopt = _glibc("mallopt") if device.type == "cpu" else None
+    if mallopt is None:
+        yield False
+        return
+    _inside += 1
+    mallopt(_MMAP, _MOST)
+    mallopt(_TRIM, _NEVER)
+    try:
+        yield True
+    finally:
+        _inside -= 1
+        if not _inside:
+            mallopt(_MMAP, _usual[0])
+            mallopt(_TRIM, _usual[1])
+            give_back()
 
 
 def _glibc(name: str) -> Any:
@@ -46,6 +77,9 @@ def _glibc(name: str) -> Any:
     if not sys.platform.startswith("linux"):
         return None
     try:
-        return getattr(ctypes.CDLL(None), name)
+        found = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError):  # another C library
         return None
+    if name == "mallopt":
+        found.argtypes, found.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+    return found

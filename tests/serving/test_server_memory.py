@@ -16,19 +16,19 @@ import torch
 from safetensors.torch import save_file
 
 from helpers import close, logits, tiny_llama
+from loralloy import memory
 from loralloy.bank import Bank
 from loralloy.live import LiveModel
 from loralloy.live.paged import PagedModel
+from loralloy.memory import keep_steady
 from loralloy.serving import engine as engine_
-from loralloy.serving import memory
-from loralloy.serving.memory import keep_steady
 from loralloy.serving.sampling import Sampling
 from loralloy.weights import Weights
 
 # Buffers of 4 MiB are freed one by one, while small ones between them live: without a word to malloc they leave holes.
 CHURN = """
 import sys
-from loralloy.serving.memory import keep_steady
+from loralloy.memory import keep_steady
 if sys.argv[1] == "steady":
     keep_steady()
 def rss():
@@ -48,7 +48,7 @@ print(rss() - before)
 # A stack of adapters that grows: each time a little too large for the hole that the last one left.
 HOLES = """
 import sys
-from loralloy.serving.memory import give_back, keep_steady
+from loralloy.memory import give_back, keep_steady
 keep_steady()
 def rss():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
