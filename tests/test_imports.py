@@ -52,7 +52,7 @@ def test_public_names():
 # DESIGN.md: factors -> adapter -> bank -> weights -> {merging, recipe, tasks} -> {retrieval, live} -> weighting
 # -> training -> {continual, evaluation, serving} -> cli ("is imported by"). Files that serve a room stand on its step.
 ORDER = [
-    "errors console atomic stats processor side_by_side",
+    "errors console atomic stats processor memory side_by_side",
     "factors",
     "hub base_ref formats adapter_config tensor_file stored saving adapter",
     "weights layerwise bank",
