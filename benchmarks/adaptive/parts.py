@@ -78,6 +78,17 @@ def _draws(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator
     return _merged(bench, stream, part, cells)
 
 
+def _near(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    """The table's learned cells, all draws, from the search close to an adapter's length."""
+    cells = [
+        learned(seed, stream.names, rule, space, b, start="near", draw=draw)
+        for rule, space in bench.merges
+        for draw in (0, *DRAWS)
+        for b in B_MAX
+    ]
+    return _merged(bench, stream, part, cells)
+
+
 def _zero(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
     cells = [learned(seed, stream.names, r, s, b, start="zero") for r, s in bench.merges for b in bench.zero]
     return _merged(bench, stream, part, cells)
@@ -256,6 +267,7 @@ PARTS = {
     "p": Part("the merge after every experience, with prototypes", _path_of_prototypes),
     "long": Part("four times as many steps, finer coefficients, buffers of 20 rows a class", _long),
     "draws": Part("the same learned coefficients on two more draws of the buffer's rows", _draws),
+    "near": Part("learned from the search close to an adapter's length, all draws of the buffer's rows", _near),
     "v": Part("other starts of the learner, on validation rows", _starts),
     "f": Part("growth with the number of domains (run it alone: it is timed)", _growth),
 }

@@ -71,23 +71,21 @@ def coefficients(
 
 
 def begun(cell: Cell, live: Learnable) -> LearnConfig:
-    """The learner's settings by the name of their start: "scale" and "zero" are the library's, the others (`cells.STARTS`) are
-    tried beside them.
+    """The learner's settings by the name of their start; `cells.STARTS` are tried beside "scale".
 
-    match: the scale at which the merge is as long as an adapter, without a search. near: the best of up to five scales, 0.7 to
-    1.4 times it. scale: the library's search. With _pull: the regularisation is 1, whatever the rows (10 times the default
-    for one row a class). With _still: no gradient steps. With _long: four times as many steps, and as much patience.
+    scale: the library's wide search. near: its search close to an adapter's length. match: the scale at which the merge is as
+    long as an adapter, without a search. zero: the poster's. With _pull: the regularisation is 1, whatever the rows (10 times the
+    default for one row a class). With _still: no gradient steps. With _long: four times as many steps, and as much patience.
     """
     from loralloy.weighting.learned import LearnConfig
 
     start, _, more = (cell.start or "scale").partition("_")
-    if start in ("scale", "zero"):
-        config = LearnConfig(start=start)  # type: ignore[arg-type]
+    if start == "match":
+        config = LearnConfig(start=min(live.matching_scale(), 0.95 * (cell.b_max or 3.0)))
+    elif start == "zero":
+        config = LearnConfig(start="zero")
     else:
-        b_max = cell.b_max or 3.0
-        scale = min(live.matching_scale(), 0.95 * b_max)
-        near = tuple(share * scale for share in (0.7, 0.84, 1.0, 1.2, 1.4) if share * scale < 0.97 * b_max)
-        config = LearnConfig(start=scale) if start == "match" else LearnConfig(scales=near)
+        config = LearnConfig(scales="near" if start == "near" else "wide")
     if more == "pull":
         return dataclasses.replace(config, regularisation=1.0)
     if more == "long":

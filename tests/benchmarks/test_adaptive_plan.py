@@ -65,8 +65,10 @@ def test_draws_are_the_learned_cells_of_the_table_on_other_rows(harness):
     first = {c for c in by["a"] if c.how == "learned" or (c.how == "fresh" and c.per_class == 1)}
     assert by["draws"] == {dataclasses.replace(c, draw=d) for c in first for d in cells.DRAWS}
     assert {c.name for c in by["draws"]} == {f"{c.name}-d{d}" for c in first for d in cells.DRAWS}
-    assert all(c.draw == 0 for part, some in by.items() if part != "draws" for c in some)
-    assert {c.start for c in by["v"]} == set(cells.STARTS)
+    learned = {c for c in first if c.how == "learned"}
+    assert by["near"] == {dataclasses.replace(c, draw=d, start="near") for c in learned for d in (0, *cells.DRAWS)}
+    assert all(c.draw == 0 for part, some in by.items() if part not in ("draws", "near") for c in some)
+    assert {c.start for c in by["v"]} == set(cells.STARTS) - {"near"}
     assert {c.rank for c in by["r"]} == {2, 6} and {c.start for c in by["long"]} == {cells.LONG}
     assert {(c.rule, c.space, c.grain, c.per_class) for c in by["layers"]} == {("linear", "delta", "layer", 20)}
     assert (

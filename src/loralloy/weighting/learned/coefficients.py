@@ -19,6 +19,8 @@ from ...weights import Coefficient, Weights
 
 Form: TypeAlias = Literal["sigmoid", "signed", "softmax"]
 Granularity: TypeAlias = Literal["adapter", "layer", "module"]
+WIDE = (0.4, 0.55, 0.75, 1.0, 1.35, 1.8)  # shares of a scale that a line search tries
+NEAR = (0.7, 0.84, 1.0, 1.2, 1.4)
 
 
 class Coefficients(nn.Module):
@@ -97,13 +99,13 @@ class Coefficients(nn.Module):
         low, high = self.range
         return low < scale < high or (self.form == "softmax" and self.b_max <= 1 and math.isclose(scale, high))
 
-    def scales(self, around: float = 1.0) -> list[float]:
-        """A grid of uniform scales within the range: from 0.4 to 1.8 times one of them. For softmax, all over its range."""
+    def scales(self, around: float = 1.0, shares: Sequence[float] = WIDE) -> list[float]:
+        """A grid of uniform scales within the range: shares of one of them. For softmax, all over its range."""
         low, high = self.range
         if self.form == "softmax":
             return [low + (high - low) * f for f in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)] if high > low else [high]
         most = 0.9 * high
-        grid = [around * f for f in (0.4, 0.55, 0.75, 1.0, 1.35, 1.8)]
+        grid = [around * f for f in shares]
         within = [s for s in grid if s < most]
         return [*within, most] if 0 < len(within) < len(grid) else within or [most / 3, most * 2 / 3, most]
 

@@ -28,8 +28,10 @@ class LearnConfig:
             quarter where every stratum has at least 4, else none.
         patience: steps without a better held-out loss after which a run ends (only with a hold-out).
         start: "scale" (ours): the best uniform scale by a line search on the buffer; "zero": the poster's alpha_0; or a scale.
-        scales: what the line search tries, as far as they lie within the form's range; None for 0.4 to 1.8 times the scale at
-            which the merge is as long as the adapters are (:meth:`loralloy.live.learnable.Learnable.matching_scale`).
+        scales: what the line search tries, as far as they lie within the form's range: "near" (0.7 to 1.4) or "wide" (0.4 to 1.8
+            times the scale at which the merge is as long as the adapters are,
+            :meth:`loralloy.live.learnable.Learnable.matching_scale`), or scales. "auto" is wide where every stratum has at least
+            4 samples, else near: of few rows, one that no scale answers right can take the start far off.
         rows_at_once: rows of one forward, which bounds memory; the gradient is that of all of them.
         replay: on a GPU, record a step and replay it where the objective allows it, which saves launching its kernels one by
             one; as much memory as a step takes is held for as long as the run lasts.
@@ -45,7 +47,7 @@ class LearnConfig:
     hold_out: float | Literal["auto"] = "auto"
     patience: int = 20
     start: float | Literal["scale", "zero"] = "scale"
-    scales: tuple[float, ...] | None = None
+    scales: tuple[float, ...] | Literal["auto", "near", "wide"] = "auto"
     rows_at_once: int = 32
     replay: bool = True
     seed: int = 0
@@ -68,7 +70,9 @@ class LearnConfig:
         check("regularisation", lam is None or (_number(lam) and lam >= 0), "a number from 0")
         check("hold_out", held == "auto" or (_number(held) and 0 <= held < 1), "'auto' or a fraction from 0, below 1")
         check("start", self.start in ("scale", "zero") or _number(self.start), "'scale', 'zero' or a number")
-        check("scales", self.scales is None or len(self.scales) > 0, "at least one scale")
+        named = isinstance(self.scales, str)
+        check("scales", self.scales in ("auto", "near", "wide") if named else len(self.scales) > 0,
+              "'auto', 'near', 'wide' or at least one scale")  # fmt: skip
 
 
 def _number(value: Any) -> bool:

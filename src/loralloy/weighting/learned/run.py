@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import LoralloyError
 from ...live.learnable import Learnable
-from .coefficients import Coefficients
+from .coefficients import NEAR, WIDE, Coefficients
 from .config import ENOUGH, LearnConfig
 from .objective import Objective, shares
 from .replay import Steps
@@ -39,8 +39,10 @@ class Run:
         for i, stratum in enumerate(strata):
             by_stratum.setdefault(stratum, []).append(i)
         fewest = min(map(len, by_stratum.values()))
+        enough = fewest >= ENOUGH
         if fraction == "auto":
-            fraction = 0.25 if fewest >= ENOUGH else 0.0
+            fraction = 0.25 if enough else 0.0
+        self.shares = WIDE if config.scales == "wide" or (config.scales == "auto" and enough) else NEAR
         rng = random.Random(config.seed)
         held = [
             i for rows in by_stratum.values() for i in rng.sample(rows, min(int(fraction * len(rows)), len(rows) - 1))
@@ -100,16 +102,15 @@ class Run:
         """Start from the uniform scale with the least loss on the buffer (the smallest of equals).
 
         Tried are those near the scale at which the merge is as long as an adapter (:meth:`Learnable.matching_scale`): on a
-        few rows a far larger one may have the least loss by luck, and it takes the model to where no adapter has been.
+        few rows a far larger one may have the least loss by luck, and it takes the model to where no adapter has been; one
+        row that is answered wrong with confidence takes the search to a far smaller one, at which nothing is said with any.
         """
-        given = self.config.scales
-        grid = given or self.coefficients.scales(self.live.matching_scale())
+        given = () if isinstance(self.config.scales, str) else self.config.scales
+        grid = given or self.coefficients.scales(self.live.matching_scale(), self.shares)
         scales = [s for s in grid if self.coefficients.holds(s)]
         if not scales:
             low, high = self.coefficients.range
-            raise LoralloyError(
-                f"none of the scales {list(given or ())} is within ({low:g}, {high:g}); give some that are"
-            )
+            raise LoralloyError(f"none of the scales {list(given)} is within ({low:g}, {high:g}); give some that are")
         task = self.bar.add_task("start", total=len(scales)) if self.bar else None
         losses = []
         for scale in scales:
