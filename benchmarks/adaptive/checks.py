@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cells import CHOSEN, GRAINS, LONG, SIZES, STARTS, cell_name
+from cells import CHOSEN, GRAINS, LONG, SIZES, cell_name
 from parts import PARTS
 from plan import BENCHES, groups
 from results import Cells, Mean, difference, final, interval, percent, validation
@@ -16,12 +16,14 @@ from loralloy.continual.experience import DomainStream
 from pages import table
 
 OF_START = {
-    "scale": "the library's: the best on the buffer of up to 6 scales, 0.4 to 1.8 times an adapter's length",
+    "scale": "the best on the buffer of up to 6 scales, 0.4 to 1.8 times an adapter's length; the library's search from 4 rows a "
+    "class on, and for fewer when the pages were begun",
     "scale_pull": "scale, pulled to it 10 times as much",
     "match": "an adapter's length, no search",
     "match_pull": "match, pulled to it 10 times as much",
     "match_still": "match without gradient steps",
-    "near": "the best of up to 5 scales, 0.7 to 1.4 times an adapter's length",
+    "near": "the best of up to 5 scales, 0.7 to 1.4 times an adapter's length; the library's search for fewer than 4 rows a "
+    "class",
     "near_pull": "near, pulled to it 10 times as much",
     "near_still": "near without gradient steps",
 }
@@ -30,7 +32,7 @@ OF_START = {
 def drawn(b: Bench) -> str:
     """How many draws the learned figures of the table have, and how far apart those of a seed are."""
     by: dict[tuple[Any, ...], list[float]] = {}
-    settings: dict[str, Any] = {k: v for k, v in LEARNED.items() if k != "draw"}
+    settings: dict[str, Any] = {k: v for k, v in LEARNED.items() if k != "draw"} | {"start": b.start}
     for row in b.cells.find(**settings, domains=b.names):
         cell = row["cell"]
         by.setdefault((cell["seed"], cell["rule"], cell["space"], cell["b_max"]), []).append(final(row))
@@ -82,34 +84,34 @@ def evened(b: Bench) -> list[str]:
 
 
 def starts(b: Bench) -> list[str]:
-    """Mean validation accuracy by start of the learner, over the merges and seeds that all starts have; b_max = 3."""
-    by: dict[str, dict[tuple[int, str, str], float]] = {}
-    for start in ("scale", *STARTS):
-        for row in b.cells.find(**{**LEARNED, "start": start, "b_max": 3.0, "domains": b.names}):
+    """Validation accuracy by start of the learner, each against "scale" over the runs that both have: of every merge, seed, draw
+    of the buffer's rows and b_max."""
+    by: dict[str, dict[tuple[Any, ...], float]] = {}
+    settings: dict[str, Any] = {k: v for k, v in LEARNED.items() if k != "draw"}
+    for start in OF_START:
+        for row in b.cells.find(**{**settings, "start": start, "domains": b.names}):
             if row["validation"]:
-                key = (row["cell"]["seed"], row["cell"]["rule"], row["cell"]["space"])
+                key = tuple(row["cell"].get(k, 0) for k in ("seed", "rule", "space", "b_max", "draw"))
                 by.setdefault(start, {})[key] = validation(row)
-    if "scale" not in by or len(by) < 2:
-        return []
-    shared = set.intersection(*(set(found) for found in by.values()))
-    if not shared:
-        return []
-
-    def of(start: str) -> dict[int, float]:
-        values: dict[int, list[float]] = {}
-        for key in shared:
-            values.setdefault(key[0], []).append(by[start][key])
-        return {seed: sum(some) / len(some) for seed, some in values.items()}
-
     rows = []
-    for start in (start for start in OF_START if start in by):
-        gap = "" if start == "scale" else interval(difference(of(start), of("scale")))
-        rows.append([f"{start}: {OF_START[start]}", percent(Mean.of(list(of(start).values()))), gap])
-    merges = [title(*merge) for merge in WORDS if any(key[1:] == merge for key in shared)]
-    seeds = sorted({key[0] for key in shared})
-    said = f"Over {len(shared)} pairs of a merge and a seed that all of these have: {'; '.join(merges)}; seeds "
-    lines = [f"{said}{', '.join(map(str, seeds))}.", ""]
-    return lines + table(["start", "validation accuracy", "- scale"], rows)
+    for start, found in by.items():
+        both = sorted(found.keys() & by.get("scale", {}).keys())
+        if start == "scale" or not both:
+            continue
+
+        def of(start: str, both: Sequence[tuple[Any, ...]] = both) -> dict[int, float]:
+            values: dict[int, list[float]] = {}
+            for key in both:
+                values.setdefault(key[0], []).append(by[start][key])
+            return {seed: sum(some) / len(some) for seed, some in values.items()}
+
+        runs, draws = f"{len(both)} of {len({key[0] for key in both})} seeds", len({key[4] for key in both})
+        means = [percent(Mean.of(list(of(s).values()))) for s in ("scale", start)]
+        lowest = [f"{100 * min(by[s][key] for key in both):.1f}" for s in ("scale", start)]
+        rows.append([f"{start}: {OF_START[start]}", f"{runs}, {draws} draw{'s' * (draws > 1)}", *means,
+                     interval(difference(of(start), of("scale"))), *lowest])  # fmt: skip
+    heads = ["start", "runs", "scale", "this", "this - scale", "lowest run, scale", "this"]
+    return [f"scale: {OF_START['scale']}.", "", *table(heads, rows)] if rows else []
 
 
 def longer(b: Bench) -> list[str]:

@@ -95,7 +95,8 @@ def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str,
     devices = sorted({row["device"] for cells in growing.values() for row in cells.rows})
     drawn = f" {said}" if (said := checks.drawn(b)) else ""
     grown = [line for cells in growing.values() for line in streams.growth(cells)]
-    poster = wording.POSTER.format(count=len(GRID), first=GRID[0], last=GRID[-1])
+    search = wording.SEARCHED[b.start]
+    poster = wording.POSTER.format(count=len(GRID), first=GRID[0], last=GRID[-1], search=search)
     parts: list[tuple[str, str, list[str]]] = [
         ("What it was to show", "", claims.verdict_lines(b, kind, growing)),
         ("The poster's table", poster + drawn, tables.poster(b)),
@@ -138,7 +139,8 @@ def preamble(page: str, b: tables.Bench, found: dict[str, Cells]) -> list[str]:
         f"{len(rows)} cells; {', '.join(devices)}.",
         f"Test rows: {', '.join(f'{domain} {n}' for domain, n in tested.items())}. Training: {json.dumps(fields.train)}; model "
         f"`{Path(fields.model).name}` in {wording.JUDGED}",
-        wording.CHOSEN + seen, said, "", "```sh", f"python benchmarks/adaptive/run.py --bench {name} --jobs 12",
+        wording.CHOSEN.format(search=wording.NARROWED[b.start]) + seen, said, "", "```sh",
+        f"python benchmarks/adaptive/run.py --bench {name} --jobs 12",
         *([f"python benchmarks/adaptive/run.py --bench {' '.join(more)} --jobs 1"] if more else []),
         "python benchmarks/adaptive/report.py --write", "```", *(["", missing] if missing else []),
     ]  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cells import cell_name
+from cells import EVEN, cell_name
 
 import pages
 from cell_files import Row, read, rounded
@@ -62,41 +62,53 @@ class Cells:
 
 
 def joined(kept: list[Row], new: list[Row], said: str) -> list[Row]:
-    """Cells of an earlier page and of adapters that were made again since: those of both, a cell that both have once.
+    """Cells of an earlier page and of adapters that were made again since: those of both; a cell that both have is the page's.
 
-    What shows that the adapters are the same are the cells that evaluate them alone, own and joint: `new` must have them for all
-    seeds and heads that the page has, and they must agree. A bench without such cells is timed and of one run: its new cells
-    stand for all. said: what the error calls them.
+    What shows that the adapters are the same are the cells that evaluate them alone: "own" for what merges them, "joint" for what
+    is made of joint training, both for what else was trained. `new` must have those of its seeds and heads as far as the page
+    has them, and they must agree. A bench without such cells is timed and of one run: its new cells stand for all.
+    said: what the error calls them.
     Raises LoralloyError where they do not agree, or where nothing shows it.
     """
-    alone = {
-        (r["cell"]["seed"], r["cell"].get("head", "random"), r["cell"]["how"])
-        for r in kept
-        if r["cell"]["how"] in ALONE
-    }
+    alone = {_alone(r, r["cell"]["how"]) for r in kept if r["cell"]["how"] in ALONE}
     if not alone:
         return new or kept
     known = {cell_name(row["cell"]): row for row in kept}
-    shown = set()
+    same: dict[tuple[int, str, str], bool] = {}
     for row in new:
-        cell, old = row["cell"], known.get(cell_name(row["cell"]))
-        if old is None or cell["how"] not in ALONE:
-            continue
-        if any(old[split] != row[split] for split in ("test", "validation")):
-            raise LoralloyError(
-                f"{said}: {cell_name(cell)} is not what the page has: other adapters; write the page without --add"
-            )
-        shown.add((cell["seed"], cell.get("head", "random"), cell["how"]))
+        old = known.get(cell_name(row["cell"]))
+        if old is not None and row["cell"]["how"] in ALONE:
+            one = _alone(row, row["cell"]["how"])
+            same[one] = same.get(one, True) and all(old[split] == row[split] for split in ("test", "validation"))
     for row in new:
-        cell = row["cell"]
-        for how in ALONE:
-            if (one := (cell["seed"], cell.get("head", "random"), how)) in alone and one not in shown:
+        name = cell_name(row["cell"])
+        for one in (_alone(row, how) for how in _of(row["cell"]["how"])):
+            if name in known or one not in alone:
+                continue
+            if one not in same:
                 raise LoralloyError(
-                    f"{said}: nothing shows that {cell_name(cell)} is of the page's adapters; run.py --beside makes the cells "
+                    f"{said}: nothing shows that {name} is of the page's adapters; run.py --beside makes the cells "
                     "that do, or write the page without --add"
+                )
+            if not same[one]:
+                raise LoralloyError(
+                    f"{said}: what {name} is made of is not what the page has ({one[2]} of seed {one[0]}, {one[1]} head: "
+                    "other adapters); write the page without --add"
                 )
     fresh = {cell_name(row["cell"]): row for row in new}
     return list({**fresh, **known}.values())
+
+
+def _alone(row: Row, how: str) -> tuple[int, str, str]:
+    return row["cell"]["seed"], row["cell"].get("head", "random"), how
+
+
+def _of(how: str) -> tuple[str, ...]:
+    """Which adapters a cell is made of, by the cells that evaluate them alone."""
+    plain = how.removeprefix(EVEN)
+    if plain in ALONE:
+        return (plain,)
+    return ALONE if plain in ("few", "seq") else ("own",)
 
 
 def final(row: Row) -> float:

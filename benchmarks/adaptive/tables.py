@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 from cells import B_MAX, CHOSEN, FEW, GRAINS, GRID, HEADS, RULES, SIZES, SPACES
@@ -23,6 +24,7 @@ LEARNED: dict[str, Any] = {
     "rank": None,
     "draw": 0,
 }
+_TABLE = {k: v for k, v in LEARNED.items() if k != "draw"}
 
 
 def alpha_0(b_max: float) -> float:
@@ -47,6 +49,18 @@ class Bench:
     ) -> None:
         self.cells, self.names, self.orders, self.follow, self.best = cells, names, orders, follow, best
 
+    @cached_property
+    def start(self) -> str:
+        """The line search of the tables with one row a class: the library's of today, "near", where a page has all those cells,
+        else "scale", the wide one, which was its own when the page was made."""
+
+        def those(start: str) -> set[tuple[Any, ...]]:
+            rows = self.cells.find(**{**_TABLE, "start": start, "domains": self.names})
+            return {tuple(r["cell"].get(k, 0) for k in ("seed", "rule", "space", "b_max", "draw")) for r in rows}
+
+        near = those("near")
+        return "near" if near and near >= those("scale") else "scale"
+
     def fixed(self, rule: str, space: str, weight: float) -> dict[int, float]:
         return self.cells.by_seed(how="fixed", rule=rule, space=space, weight=weight, domains=self.names, head="random")
 
@@ -57,9 +71,9 @@ class Bench:
             del settings["draw"]
         return self.cells.by_seed(**settings)
 
-    def drawn(self, rule: str, space: str, b_max: float = 3.0, **more: Any) -> dict[int, float]:
-        """The mean over the draws that a seed has."""
-        return self.learned(rule, space, b_max, draw=None, **more)
+    def drawn(self, rule: str, space: str, b_max: float = 3.0, start: str | None = None) -> dict[int, float]:
+        """The mean over the draws that a seed has, from `start` or else the tables' own."""
+        return self.learned(rule, space, b_max, draw=None, start=start or self.start)
 
     def alone(self, how: str, head: str = "random") -> dict[int, float]:
         return self.cells.by_seed(how=how, domains=self.names, head=head)
@@ -84,7 +98,7 @@ class Bench:
         """
         groups: dict[tuple[tuple[str, Any], ...], set[int]] = {}
         for row in self.cells.find(how="learned", domains=self.names, rank=None, **settings):
-            if row["cell"].get("start") in ("scale", "zero") and row["validation"]:
+            if row["cell"].get("start") in ("scale", "near", "zero") and row["validation"]:
                 key = {k: v for k, v in row["cell"].items() if k not in ("seed", "domains", "order", "draw")}
                 groups.setdefault(tuple(sorted(key.items())), set()).add(row["cell"]["seed"])
         least = min(SEEDS, max(map(len, groups.values()), default=0))
@@ -128,7 +142,7 @@ def poster(b: Bench) -> list[str]:
     return table(heads, rows)
 
 
-def against_alpha_0(b: Bench, start: str = "scale") -> list[tuple[str, str, float, Mean]]:
+def against_alpha_0(b: Bench, start: str | None = None) -> list[tuple[str, str, float, Mean]]:
     """(rule, space, b_max, learned - fixed W = alpha_0), one sample a class."""
     return [
         (rule, space, m, difference(b.drawn(rule, space, m, start=start), b.fixed(rule, space, alpha_0(m))))
@@ -136,7 +150,7 @@ def against_alpha_0(b: Bench, start: str = "scale") -> list[tuple[str, str, floa
     ]  # fmt: skip
 
 
-def against_best(b: Bench, start: str = "scale") -> list[tuple[str, str, float, float, bool, Mean]]:
+def against_best(b: Bench, start: str | None = None) -> list[tuple[str, str, float, float, bool, Mean]]:
     """(rule, space, b_max, W, whether the best W of all lies within (0, b_max), learned - best fixed W within it)."""
     found = []
     for rule, space in WORDS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from adaptive_pages import LEARNED, NAMES, row, verdict
 
 
@@ -34,7 +36,7 @@ def test_a_seed_counts_once_however_many_draws_it_has(harness):
     assert "draws of the" not in harness.report.build("emoji", found)[0].split("## The poster's table")[1]
 
 
-def test_starts_are_compared_where_all_were_run_and_not_chosen_from(harness):
+def test_starts_are_compared_run_by_run_and_only_the_library_s_are_chosen_from(harness):
     rows = []
     for seed in (0, 1, 2):
         for start, score in (("scale", 0.5), ("match", 0.52 + 0.002 * seed), ("near", 0.9)):
@@ -43,14 +45,36 @@ def test_starts_are_compared_where_all_were_run_and_not_chosen_from(harness):
                     settings = LEARNED | {"rule": rule, "space": "delta", "start": start}
                     rows.append(row(0.6, seed, validation=score + (0.3 if rule == "linear" else 0.0), **settings))
         rows.append(row(0.8, seed, how="joint"))
+    again = LEARNED | {"rule": "ties", "space": "delta", "draw": 1}
+    rows += [row(0.6, 0, validation=0.4, **again), row(0.6, 0, validation=0.9, **again | {"start": "near"})]
     cells = harness.results.Cells("emoji4", rows)
     text, _, _ = harness.report.build("emoji", {"emoji4": cells, "emoji7": harness.results.Cells("emoji7", [])})
     section = text.split("## Where the learner begins")[1]
-    assert "Over 2 pairs of a merge and a seed that all of these have: TIES, delta; seeds 0, 1." in section
-    assert "| 50.0 ± 0.0 |  |" in section and "| 52.1 ± 0.1 | +2.1 [+0.8, +3.4] |" in section
-    assert "| 90.0 ± 0.0 | +40.0 [+40.0, +40.0] |" in section and "match_pull" not in section
+    assert "| 6 of 3 seeds, 1 draw | 65.0 ± 0.0 | 67.2 ± 0.2 | +2.2 [+1.7, +2.7] | 50.0 | 52.0 |" in section
+    assert "| 3 of 2 seeds, 2 draws | 47.5 ± 3.5 | 90.0 ± 0.0 | +42.5 [+10.7, +74.3] | 40.0 | 90.0 |" in section
+    assert "match_pull" not in section
+    assert "from 0.4 to 1.8 times" in text.split("## The poster's table")[1].split("## ")[0]
     bench = harness.tables.Bench(cells, NAMES, (NAMES,))
-    assert bench.chosen(head="random")[0]["start"] == "scale"
+    assert bench.start == "scale", "near is not there for all"
+    assert bench.chosen(head="random")[0]["start"] == "scale", "match is a check alone, and near has two seeds"
+
+
+def test_the_tables_begin_as_the_library_does_where_a_page_has_those_cells(harness):
+    rows = []
+    for seed in (0, 1, 2):
+        for start, score in (("scale", 0.5), ("near", 0.7)):
+            for draw in (0, 1):
+                settings = LEARNED | {"rule": "ties", "space": "delta", "start": start, "draw": draw}
+                rows.append(row(score + 0.1 * draw, seed, **settings))
+        rows.append(row(0.6, seed, how="fixed", rule="ties", space="delta", weight=1.0, head="random"))
+    bench = harness.tables.Bench(harness.results.Cells("emoji4", rows), NAMES, (NAMES,))
+    assert bench.start == "near"
+    assert bench.drawn("ties", "delta") == pytest.approx({0: 0.75, 1: 0.75, 2: 0.75})
+    assert bench.learned("ties", "delta") == pytest.approx({0: 0.5, 1: 0.5, 2: 0.5}), "what is paired began alike"
+    text, _, _ = harness.report.build("emoji", {"emoji4": bench.cells, "emoji7": harness.results.Cells("emoji7", [])})
+    table = text.split("## The poster's table")[1].split("## ")[0]
+    assert "from 0.7 to 1.4 times" in table and "75.0 ± 0.0" in table
+    assert "+15.0 [+15.0, +15.0]" in text.split("## Learned against its controls")[1].split("## ")[0]
 
 
 def test_more_steps_are_compared_seed_by_seed_and_ranks_have_their_columns(harness):

@@ -116,8 +116,7 @@ def test_the_starts_that_are_tried(harness):
     assert begun("scale").start == "scale" and begun("zero").start == "zero"
     assert begun("scale").regularisation is None and begun("scale_pull").regularisation == 1.0
     assert begun("match").start == 0.8 and begun("match", 0.5).start == pytest.approx(0.475)
-    assert begun("near").scales == pytest.approx((0.56, 0.672, 0.8, 0.96, 1.12))
-    assert begun("near", 1.0).scales == pytest.approx((0.56, 0.672, 0.8, 0.96))
+    assert begun("near").scales == "near" and begun("scale").scales == "wide"  # the library's, whatever the rows
     assert begun("near_still").steps == 0 and begun("near_still").scales == begun("near").scales
     assert begun("match_pull").regularisation == 1.0 and begun("match_pull").steps == begun("scale").steps
     long = begun(harness.cells.LONG)

@@ -174,6 +174,10 @@ def test_free_text_and_a_picture(learn, tmp_path):
     rows = [{"prompt": "Say it:", "answer": "abc"}, {"prompt": "Again:", "answer": "b"}]
     ran = learn(*QUICK, "--plot", tmp_path / "w.png", examples=("--buffer", jsonl(tmp_path / "f.jsonl", rows)))
     assert ran.code == 0 and "accuracy" not in ran.out and "loss," in ran.out
+    noisy = ("--label-noise", "0.1", "--overwrite")
+    learn(*QUICK, *noisy, examples=("--buffer", tmp_path / "f.jsonl")).refused("no example chooses among options")
+    said = json.loads(learn(*QUICK, *noisy, "--json").out)
+    assert said["explain"]["settings"]["label_noise"] == 0.1
     assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
     learn("--plot", tmp_path / "w.png", out="other.json").refused("w.png exists already", "--overwrite")
     learn("--plot", tmp_path / "w.jpg", out="other.json").refused("w.jpg is not a PNG file")
@@ -215,6 +219,8 @@ def test_one_seed_is_for_masks_too(learn):
         (["--start", "7"], ["start 7.0 is not within (0, 3)"]),
         (["--lr", "0"], ["lr is 0"]),
         (["--hold-out", "2"], ["hold_out is 2"]),
+        (["--label-noise", "1"], ["label_noise is 1.0; give a number from 0, below 1"]),
+        (["--strategy", "entropy", "--label-noise", "0.1"], ["--label-noise is for --strategy gradient, not for entropy"]),
         (["--per-class", "2"], ["--per-class draws from --task files", "leave it out"]),
         (["--task", "t.yaml"], ["--buffer FILE, or --task FILE", "one of the two"]),
     ],

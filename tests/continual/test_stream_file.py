@@ -30,6 +30,7 @@ def test_lists_make_a_grid(tmp_path):
             {"kind": "learned", "name": "layers", "granularity": ["layer", "module"], "only": ["ties"]},
             {"kind": "learned", "scales": [0.5, 1.0]},
             "joint",
+            {"kind": "learned", "scales": "wide", "label_noise": [0.0, 0.1]},
         ],
         rank="max",
     )
@@ -37,6 +38,7 @@ def test_lists_make_a_grid(tmp_path):
         "fixed weight=1", "fixed weight=3", "learned b_max=1 per_class=1", "learned b_max=1 per_class=5",
         "learned b_max=3 per_class=1", "learned b_max=3 per_class=5", "layers granularity=layer",
         "layers granularity=module", "learned scales=(0.5, 1.0)", "joint",
+        "learned scales=wide label_noise=0", "learned scales=wide label_noise=0.1",
     ]  # fmt: skip
     assert [(m.name, m.space, m.rank) for m in stream.merges] == [
         ("linear delta", "delta", "max"),
@@ -51,6 +53,7 @@ def test_lists_make_a_grid(tmp_path):
     five = stream.strategies[3]
     assert (five.b_max, five.buffer(stream.fields.buffer).per_class) == (1, 5)
     assert stream.strategies[8].scales == (0.5, 1.0)
+    assert stream.strategies[11].config() == {"scales": "wide", "label_noise": 0.1}
     assert "per_class" not in five.settings and five.settings["b_max"] == 1
 
 
@@ -92,6 +95,9 @@ def test_drawn_orders_differ_and_are_the_same_each_time():
         ({"strategies": ["learnt"]}, "did you mean `learned`"),
         ({"strategies": [{"kind": "learned", "bmax": 3}]}, "b_max"),
         ({"strategies": [{"kind": "learned", "form": "tanh"}]}, "sigmoid, signed or softmax"),
+        ({"strategies": [{"kind": "learned", "label_noise": 1}]}, "label_noise"),
+        ({"strategies": [{"kind": "entropy", "label_noise": 0.1}]}, "label_noise"),
+        ({"strategies": [{"kind": "learned", "scales": "far"}]}, "scales"),
         ({"strategies": [{"b_max": 3}]}, "the field `kind` is missing"),
         ({"strategies": [{"kind": "fixed", "weight": []}]}, "empty"),
         ({"strategies": ["uniform", "uniform"]}, "two strategies are called 'uniform'"),

@@ -42,9 +42,10 @@ _FOR: dict[str, tuple[str, ...]] = {
     "granularity": ("gradient", "entropy", "regmean"),
     **dict.fromkeys(("form", "b_max", "start", "steps", "lr", "hold_out"), _BY_GRADIENT),
     **dict.fromkeys(("budget", "rank"), ("search",)),
+    "label_noise": ("gradient",),
     "ridge": ("regmean",),
 }
-_CONFIG = ("start", "steps", "lr", "hold_out")
+_CONFIG = ("start", "steps", "lr", "hold_out", "label_noise")
 _FEW, _HOW = "The examples", "How they are learned"
 
 
@@ -108,6 +109,13 @@ def learn(
         typer.Option(
             help="The fraction of the examples that picks the best step, or auto.", rich_help_panel=_HOW,
             show_default="auto: a quarter where every class has 4; entropy: 0",
+        ),
+    ] = None,
+    label_noise: Annotated[
+        float | None,
+        typer.Option(
+            help="How likely an example's answer is one by chance: above 0, one that no weights answer right counts for less.",
+            show_default="0", rich_help_panel=_HOW,
         ),
     ] = None,
     budget: Annotated[int | None, typer.Option(help="Weights tried.", show_default="40", rich_help_panel=_HOW)] = None,

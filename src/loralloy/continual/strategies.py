@@ -130,12 +130,14 @@ class _Gradient(Strategy):
     regularisation: AtLeast0 | None = None
     hold_out: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] | None = None
     patience: Count | None = None
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    scales: Literal["auto", "near", "wide"] | Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
 
     def config(self) -> dict[str, Any]:
         """The given ones."""
-        names = ("start", "steps", "lr", "batch_size", "regularisation", "hold_out", "patience", "scales")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = (
+            "start", "steps", "lr", "batch_size", "regularisation", "hold_out", "patience", "scales", "label_noise",
+        )  # fmt: skip
+        return {name: value for name in names if (value := getattr(self, name, None)) is not None}
 
 
 class Learned(_Gradient):
@@ -144,6 +146,7 @@ class Learned(_Gradient):
     kind = "learned"
     source = "Coleman et al. 2024"
     uses_buffer = True
+    label_noise: Annotated[float, Field(ge=0, lt=1)] | None = None
 
 
 class Entropy(_Gradient):

@@ -32,6 +32,9 @@ class LearnConfig:
             times the scale at which the merge is as long as the adapters are,
             :meth:`loralloy.live.learnable.Learnable.matching_scale`), or scales. "auto" is wide where every stratum has at least
             4 samples, else near: of few rows, one that no scale answers right can take the start far off.
+        label_noise: epsilon of a likelihood under which an answer is drawn at random from the example's n choices with that
+            probability: -log((1 - epsilon) p + epsilon / n) instead of -log p, so that one example that no weights answer right
+            is not all that is learned from. Answers without choices keep -log p.
         rows_at_once: rows of one forward, which bounds memory; the gradient is that of all of them.
         replay: on a GPU, record a step and replay it where the objective allows it, which saves launching its kernels one by
             one; as much memory as a step takes is held for as long as the run lasts.
@@ -48,6 +51,7 @@ class LearnConfig:
     patience: int = 20
     start: float | Literal["scale", "zero"] = "scale"
     scales: tuple[float, ...] | Literal["auto", "near", "wide"] = "auto"
+    label_noise: float = 0.0
     rows_at_once: int = 32
     replay: bool = True
     seed: int = 0
@@ -70,6 +74,7 @@ class LearnConfig:
         check("regularisation", lam is None or (_number(lam) and lam >= 0), "a number from 0")
         check("hold_out", held == "auto" or (_number(held) and 0 <= held < 1), "'auto' or a fraction from 0, below 1")
         check("start", self.start in ("scale", "zero") or _number(self.start), "'scale', 'zero' or a number")
+        check("label_noise", _number(self.label_noise) and 0 <= self.label_noise < 1, "a number from 0, below 1")
         named = isinstance(self.scales, str)
         check("scales", self.scales in ("auto", "near", "wide") if named else len(self.scales) > 0,
               "'auto', 'near', 'wide' or at least one scale")  # fmt: skip

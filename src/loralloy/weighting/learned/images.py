@@ -70,6 +70,7 @@ class ImageObjective:
         else:
             names = [classifier.classes[int(label)] for label in labels]
             self.strata = [f"{domain}/{name}" for domain, name in zip(domains, names, strict=True)]
+        self.choices = [0 if kind == "entropy" else len(classifier.classes)] * n
         self._known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._fed: dict[int, Tensor] = {}
 

@@ -30,6 +30,7 @@ class Objective(Protocol):
 
     An objective may have `losses(rows, step) -> [len(rows)]`, the loss of each; then a run works through many rows in parts,
     and where it has `lengths`, a number an example, in parts of about one length: a part is padded to its longest.
+    With `choices`, among how many answers each example chooses (0: its answer is free text), `LearnConfig.label_noise` applies.
     And `feed(rows, step)`, called before each: it says that the work never waits for the device and takes what changes from
     step to step from tensors that `feed` fills, so that a step may be recorded (see :mod:`.replay`). It returns all tensors
     that the loss of these rows reads, for a recording to keep.
@@ -138,6 +139,7 @@ class TextObjective:
         self.model, self.kind, self.normalise = model, kind, normalise
         self.size, self.examples = len(examples), list(examples)
         self.strata = [e.task if kind == "entropy" or not e.options else f"{e.task}/{e.answer}" for e in examples]
+        self.choices = [0 if kind == "entropy" else len(e.options) for e in examples]
         self._pad = pad_id(tokenizer)
         self._batches: dict[tuple[int, ...], _Batch] = {}
         known: dict[str, list[int]] = {}

@@ -56,6 +56,14 @@ class Run:
         self.steps = Steps(live, config.replay and hasattr(objective, "feed"))
         self._rng = rng
         self._shares: dict[_Part, Tensor] = {}
+        self._floors: dict[_Part, Tensor] = {}
+        self.noise = config.label_noise
+        self.choices: Sequence[int] = getattr(objective, "choices", ())
+        if self.noise and not (any(self.choices) and hasattr(objective, "losses")):
+            raise LoralloyError(
+                f"label_noise is {self.noise:g}, and no example chooses among options (the objective's `choices`); "
+                "give examples with options, or 0"
+            )
         self._waiting: list[tuple[int, Tensor]] = []
 
     # -- losses --------------------------------------------------------------------------------------------------------
@@ -63,7 +71,7 @@ class Run:
     def parts(self, rows: Sequence[int], step: int) -> Iterator[tuple[_Part, Callable[[], Tensor]]]:
         """The loss over rows as a sum of parts, each of so many rows that memory is bounded, and of about one length."""
         size, losses = self.config.rows_at_once, getattr(self.objective, "losses", None)
-        if losses is None or len(rows) <= size:
+        if losses is None or (len(rows) <= size and not self.noise):
             yield (tuple(rows), ()), lambda: self.objective.loss(rows, step)
             return
         if lengths := getattr(self.objective, "lengths", None):
@@ -76,9 +84,19 @@ class Run:
                 values = losses(list(some[0]), step)
                 if some not in self._shares:  # kept: a recorded step must not wait for the device
                     self._shares[some] = values.new_tensor(some[1])
+                    self._floors[some] = self._floor(some, values)
+                if self.noise:
+                    kept, chance = self._floors[some]
+                    values = -torch.logaddexp(kept - values, chance)
                 return values @ self._shares[some]
 
             yield some, part
+
+    def _floor(self, some: _Part, like: Tensor) -> Tensor:
+        """[2, rows]: log(1 - noise) and log(noise / choices) of each; 0 and -inf, which change nothing, without choices."""
+        e, choices = self.noise, [self.choices[i] if self.noise else 0 for i in some[0]]
+        pairs = [(math.log1p(-e), math.log(e / n)) if n else (0.0, -math.inf) for n in choices]
+        return like.new_tensor(pairs).T
 
     def losses(
         self, rows: Sequence[int], step: int, table: Tensor, gradient: bool, more: int = 0
@@ -88,7 +106,9 @@ class Run:
         feed = getattr(self.objective, "feed", None)
         for some, part in self.parts(rows, step):
             inputs = feed(some[0], step) if feed is not None and self.steps.record else None
-            yield self.steps.run(part, table, (kind, some), gradient, more, (inputs, self._shares.get(some)))
+            yield self.steps.run(
+                part, table, (kind, some), gradient, more, (inputs, self._shares.get(some), self._floors.get(some))
+            )
 
     @torch.no_grad()
     def loss(self, rows: Sequence[int], step: int = 0, more: int = 0) -> Tensor:
