@@ -23,6 +23,7 @@ EVEN = "even_"
 HEADS = ("random", "learned", "prototypes")
 # where else the learner might begin: `strategies.begun` says what they are
 STARTS = ("match", "match_pull", "near", "near_pull", "scale_pull", "match_still", "near_still")
+NOISY = "near_noise"
 LONG = "scale_long"  # the library's start, four times as many steps
 
 

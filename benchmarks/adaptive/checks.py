@@ -24,6 +24,7 @@ OF_START = {
     "match_still": "match without gradient steps",
     "near": "the best of up to 5 scales, 0.7 to 1.4 times an adapter's length; the library's search for fewer than 4 rows a "
     "class",
+    "near_noise": "near, under a likelihood by which one answer of ten is by chance",
     "near_pull": "near, pulled to it 10 times as much",
     "near_still": "near without gradient steps",
 }

@@ -14,6 +14,7 @@ from cells import (
     GRAINS,
     GRID,
     LONG,
+    NOISY,
     RULES,
     SIZES,
     STARTS,
@@ -79,9 +80,10 @@ def _draws(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator
 
 
 def _near(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
-    """The table's learned cells, all draws, from the search close to an adapter's length."""
+    """The table's learned cells, all draws, from the search close to an adapter's length, without and with label noise."""
+    start = "near" if part == "near" else NOISY
     cells = [
-        learned(seed, stream.names, rule, space, b, start="near", draw=draw)
+        learned(seed, stream.names, rule, space, b, start=start, draw=draw)
         for rule, space in bench.merges
         for draw in (0, *DRAWS)
         for b in B_MAX
@@ -268,6 +270,7 @@ PARTS = {
     "long": Part("four times as many steps, finer coefficients, buffers of 20 rows a class", _long),
     "draws": Part("the same learned coefficients on two more draws of the buffer's rows", _draws),
     "near": Part("learned from the search close to an adapter's length, all draws of the buffer's rows", _near),
+    "noise": Part("the same under a likelihood of answers by chance", _near),
     "v": Part("other starts of the learner, on validation rows", _starts),
     "f": Part("growth with the number of domains (run it alone: it is timed)", _growth),
 }

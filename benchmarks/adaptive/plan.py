@@ -55,7 +55,7 @@ _IMAGES = {part: {"r": 3, "few": 3, "layers": 3, "best": 3, "long": 3}.get(part,
 _TEXT = {
     "own": 5, "a": 5, "draws": 5, "joint": 5, "alone": 5, "c": 3, "large": 5, "e": 3, "z": 3, "b": 3, "few": 3, "seq": 3,
     "seqs": 3, "layers": 3, "best": 3, "even": 3, "r": 2, "long": 3,
-    "near": 5,
+    "near": 5, "noise": 5,
 }  # fmt: skip
 _OF_TEXT: dict[str, Any] = {"validation": 100, "rows_at_once": 32, "heavy": 12, "zero": (3.0,)}
 BENCHES = {

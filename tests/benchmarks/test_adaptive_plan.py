@@ -67,7 +67,8 @@ def test_draws_are_the_learned_cells_of_the_table_on_other_rows(harness):
     assert {c.name for c in by["draws"]} == {f"{c.name}-d{d}" for c in first for d in cells.DRAWS}
     learned = {c for c in first if c.how == "learned"}
     assert by["near"] == {dataclasses.replace(c, draw=d, start="near") for c in learned for d in (0, *cells.DRAWS)}
-    assert all(c.draw == 0 for part, some in by.items() if part not in ("draws", "near") for c in some)
+    assert by["noise"] == {dataclasses.replace(c, start=cells.NOISY) for c in by["near"]}
+    assert all(c.draw == 0 for part, some in by.items() if part not in ("draws", "near", "noise") for c in some)
     assert {c.start for c in by["v"]} == set(cells.STARTS) - {"near"}
     assert {c.rank for c in by["r"]} == {2, 6} and {c.start for c in by["long"]} == {cells.LONG}
     assert {(c.rule, c.space, c.grain, c.per_class) for c in by["layers"]} == {("linear", "delta", "layer", 20)}
@@ -117,6 +118,7 @@ def test_the_starts_that_are_tried(harness):
     assert begun("scale").regularisation is None and begun("scale_pull").regularisation == 1.0
     assert begun("match").start == 0.8 and begun("match", 0.5).start == pytest.approx(0.475)
     assert begun("near").scales == "near" and begun("scale").scales == "wide"  # the library's, whatever the rows
+    assert begun(harness.cells.NOISY).label_noise == 0.1 and begun("near").label_noise == 0
     assert begun("near_still").steps == 0 and begun("near_still").scales == begun("near").scales
     assert begun("match_pull").regularisation == 1.0 and begun("match_pull").steps == begun("scale").steps
     long = begun(harness.cells.LONG)

@@ -220,7 +220,10 @@ def test_one_seed_is_for_masks_too(learn):
         (["--lr", "0"], ["lr is 0"]),
         (["--hold-out", "2"], ["hold_out is 2"]),
         (["--label-noise", "1"], ["label_noise is 1.0; give a number from 0, below 1"]),
-        (["--strategy", "entropy", "--label-noise", "0.1"], ["--label-noise is for --strategy gradient, not for entropy"]),
+        (
+            ["--strategy", "entropy", "--label-noise", "0.1"],
+            ["--label-noise is for --strategy gradient, not for entropy"],
+        ),
         (["--per-class", "2"], ["--per-class draws from --task files", "leave it out"]),
         (["--task", "t.yaml"], ["--buffer FILE, or --task FILE", "one of the two"]),
     ],

@@ -101,5 +101,5 @@ def test_noise_without_choices_is_refused(bank):
         with pytest.raises(LoralloyError, match=r"label_noise is 0\.1, and no example chooses among options"):
             run(objective, bank, label_noise=0.1)
     for value in (1.0, -0.1, True):
-        with pytest.raises(LoralloyError, match="label_noise is .*; give a number from 0, below 1"):
+        with pytest.raises(LoralloyError, match=r"label_noise is .*; give a number from 0, below 1"):
             LearnConfig(label_noise=value)
