@@ -76,8 +76,8 @@ def page(runs: dict[str, list[dict[str, Any]]]) -> str:
         "",
         f"Made by `python benchmarks/steps.py --write`: {one['where']}.",
         f"Loss and gradient of {one['rows']} rows, SmolLM2-135M-Instruct in float32, four adapters, linear. "
-        f"{len(runs['usual'])} runs of {len(one['seconds'])} steps each way, each a process, taking turns; the median step and the "
-        "range over runs' medians.",
+        f"{len(runs['usual'])} runs of {len(one['seconds'])} steps each way, each a process, taking turns; the median step "
+        "and the range over runs' medians.",
         "Faults are the fresh pages that a step asked the system for.",
         "",
         "| freed memory | a step, s | of it in the system, s | faults, GB a step | peak, GB |",
