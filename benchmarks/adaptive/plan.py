@@ -55,7 +55,6 @@ _IMAGES = {part: {"r": 3, "few": 3, "layers": 3, "best": 3, "long": 3}.get(part,
 _TEXT = {
     "own": 5, "a": 5, "draws": 5, "joint": 5, "alone": 5, "c": 3, "large": 5, "e": 3, "z": 3, "b": 3, "few": 3, "seq": 3,
     "seqs": 3, "layers": 3, "best": 3, "even": 3, "r": 2, "long": 3,
-    "near": 5, "noise": 5,
 }  # fmt: skip
 _OF_TEXT: dict[str, Any] = {"validation": 100, "rows_at_once": 32, "heavy": 12, "zero": (3.0,)}
 BENCHES = {
@@ -64,7 +63,14 @@ BENCHES = {
         Bench(
             "emoji4", _IMAGES, "emoji", best=(_SUM | {"grain": "module"}, _SUM | {"grain": "layer", "head": "learned"})
         ),
-        Bench("sentiment4", _TEXT | {"v": 5}, "sentiment4", follow=(1, 5), best=(_DARE,), **_OF_TEXT),
+        Bench(
+            "sentiment4",
+            _TEXT | {"near": 5, "noise": 5, "v": 5},
+            "sentiment4",
+            follow=(1, 5),
+            best=(_DARE,),
+            **_OF_TEXT,
+        ),
         Bench(
             "multiemo4",
             _TEXT,

@@ -16,7 +16,7 @@ SEARCHED = {
     "this was run",
 }
 NARROWED = {
-    "near": ", which the first two tables have; the others with one or two rows a class began with the wide one",
+    "near": ", which the poster's table and the next have; the others with one or two rows a class began with the wide one",
     "scale": "; tables with one or two rows a class began with the wide one",
 }
 UNSEEN = "Nothing here was tuned on test rows."
