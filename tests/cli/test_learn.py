@@ -147,6 +147,20 @@ def test_base_and_equal_weights_are_what_evaluation_scores(learn, world, tmp_pat
     assert abs(float(loss[8:].mean() - last)) > 1e-3  # the rows' plain mean is another number
 
 
+def test_examples_that_are_answered_otherwise_with_confidence_are_named(learn, monkeypatch):
+    plain = learn(*QUICK)
+    assert "doubtful" not in plain.out  # a random model is sure of nothing
+    monkeypatch.setattr("loralloy.weighting.measured.DOUBT", 0.5)
+    ran = learn(*QUICK, "--overwrite")
+    said = json.loads(learn(*QUICK, "--overwrite", "--json").out)["explain"]["learned"]["examples"]
+    found, wrong = said["equal"]["all"]["doubtful"], round(12 * (1 - said["equal"]["all"]["accuracy"]))
+    assert len(found) == wrong > 3 and set(found) <= {f"few.jsonl/{n}" for n in range(1, 13)}
+    line = next(line for line in ran.out.splitlines() if line.startswith("doubtful: "))
+    assert f"{', '.join(found[:3])} and {wrong - 3} more" in line and "with --label-noise 0.1" in line
+    assert "--label-noise" not in learn(*QUICK, "--overwrite", "--label-noise", "0.1").out.split("doubtful: ")[1]
+    assert sum(len(said["equal"][name].get("doubtful", [])) for name in NAMES) == wrong
+
+
 def test_examples_of_task_files(learn, world, tmp_path):
     tasks = [word for name in NAMES for word in ("--task", world.tasks / f"{name}.yaml")]
     ran = learn("--per-class", "4", "--json", *QUICK, examples=tasks)

@@ -66,7 +66,7 @@ def show(
     stdout.print(weights_table(result.weights, bank))
     if measured:
         stdout.print(_table(measured))
-    for text in _said(asked, result):
+    for text in [*_said(asked, result), *_doubtful(asked, measured)]:
         line(text)
     line(f"wrote {out}")
     line(f"next: {_merge(asked, given, out)}{' --assume-same-base' * assume_same_base}")
@@ -120,6 +120,17 @@ def _said(asked: Asked, result: Learned) -> list[str]:
     else:
         lines.append("none were held out: the figures above are of what was learned from")
     return lines
+
+
+def _doubtful(asked: Asked, measured: Mapping[str, Mapping[str, Figures]]) -> list[str]:
+    """The examples that equal weights answer otherwise with confidence: few of them can decide all that is learned."""
+    found = measured["equal"][""].doubtful if measured else ()
+    if not found:
+        return []
+    said = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    line = f"doubtful: {said} (an answer of less than 5 % under equal weights): check what is asked and answered there"
+    noise = asked.strategy == "gradient" and not asked.given["config"].label_noise
+    return [line + ("; with --label-noise 0.1 it counts for less" if noise else "")]
 
 
 def _merge(asked: Asked, given: Sequence[str], out: Path) -> str:

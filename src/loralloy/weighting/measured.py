@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..weights import Weights
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .learned import TextObjective
 
 _ROWS = 16
+DOUBT = 3.0  # nats: an answer of probability below 5 %, another option being likelier
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,18 @@ class Figures:
 
     loss: mean of the objective, nats; each class of a domain counts the same. accuracy: share of the examples with options
     whose likeliest option is the answer; None where none has both. n: how many there are. kind: of the objective, "answer" or
-    "entropy".
+    "entropy". doubtful: the ids of examples whose answer has a loss above DOUBT and is not the likeliest option.
     """
 
     loss: float
     accuracy: float | None
     n: int
     kind: str = "answer"
+    doubtful: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, float | int | None]:
-        return {("loss" if self.kind == "answer" else self.kind): self.loss, "accuracy": self.accuracy, "n": self.n}
+    def to_dict(self) -> dict[str, Any]:
+        found = {("loss" if self.kind == "answer" else self.kind): self.loss, "accuracy": self.accuracy, "n": self.n}
+        return found | ({"doubtful": list(self.doubtful)} if self.doubtful else {})
 
 
 def measure(
@@ -83,4 +86,7 @@ def _figures(
         by_stratum.setdefault(objective.strata[i], []).append(loss[i])
     means = [sum(values) / len(values) for values in by_stratum.values()]
     judged = [right[i] for i in rows if i in right]
-    return Figures(sum(means) / len(means), sum(judged) / len(judged) if judged else None, len(rows), objective.kind)
+    accuracy = sum(judged) / len(judged) if judged else None
+    answered = rows if objective.kind == "answer" else ()
+    doubtful = tuple(objective.examples[i].id for i in answered if not right.get(i, True) and loss[i] > DOUBT)
+    return Figures(sum(means) / len(means), accuracy, len(rows), objective.kind, doubtful)
