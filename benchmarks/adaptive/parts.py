@@ -91,6 +91,18 @@ def _near(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[
     return _merged(bench, stream, part, cells)
 
 
+def _noisy(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    """What else is learned from one or two rows a class and stands on a page, under label noise."""
+    cells = []
+    for other in ("a", "c", "d", "e", "even", "r", "draws"):
+        if seed in stream.fields.seeds[: bench.parts.get(other, 0)]:
+            found = (cell for group in PARTS[other].groups(bench, stream, other, seed) for cell in group.cells)
+            cells += [
+                dataclasses.replace(c, start=NOISY) for c in found if c.start == "scale" and (c.per_class or 0) < 4
+            ]
+    return _merged(bench, stream, part, cells)
+
+
 def _zero(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
     cells = [learned(seed, stream.names, r, s, b, start="zero") for r, s in bench.merges for b in bench.zero]
     return _merged(bench, stream, part, cells)
@@ -271,6 +283,7 @@ PARTS = {
     "draws": Part("the same learned coefficients on two more draws of the buffer's rows", _draws),
     "near": Part("learned from the search close to an adapter's length, all draws of the buffer's rows", _near),
     "noise": Part("the same under a likelihood of answers by chance", _near),
+    "noisy": Part("so what else is learned from one or two rows a class", _noisy),
     "v": Part("other starts of the learner, on validation rows", _starts),
     "f": Part("growth with the number of domains (run it alone: it is timed)", _growth),
 }

@@ -68,7 +68,11 @@ def test_draws_are_the_learned_cells_of_the_table_on_other_rows(harness):
     learned = {c for c in first if c.how == "learned"}
     assert by["near"] == {dataclasses.replace(c, draw=d, start="near") for c in learned for d in (0, *cells.DRAWS)}
     assert by["noise"] == {dataclasses.replace(c, start=cells.NOISY) for c in by["near"]}
-    assert all(c.draw == 0 for part, some in by.items() if part not in ("draws", "near", "noise") for c in some)
+    begun_wide = {c for some in by.values() for c in some if c.start == "scale" and c.per_class < 4}
+    assert by["noise"] | by["noisy"] == {dataclasses.replace(c, start=cells.NOISY) for c in begun_wide}
+    assert all(
+        c.draw == 0 for part, some in by.items() if part not in ("draws", "near", "noise", "noisy") for c in some
+    )
     assert {c.start for c in by["v"]} == set(cells.STARTS) - {"near"}
     assert {c.rank for c in by["r"]} == {2, 6} and {c.start for c in by["long"]} == {cells.LONG}
     assert {(c.rule, c.space, c.grain, c.per_class) for c in by["layers"]} == {("linear", "delta", "layer", 20)}
