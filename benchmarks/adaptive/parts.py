@@ -282,8 +282,8 @@ PARTS = {
     "long": Part("four times as many steps, finer coefficients, buffers of 20 rows a class", _long),
     "draws": Part("the same learned coefficients on two more draws of the buffer's rows", _draws),
     "near": Part("learned from the search close to an adapter's length, all draws of the buffer's rows", _near),
-    "noise": Part("the same under a likelihood of answers by chance", _near),
-    "noisy": Part("so what else is learned from one or two rows a class", _noisy),
+    "noise": Part("the table's learned coefficients under a likelihood of answers by chance", _near),
+    "noisy": Part("what else is learned from one or two rows a class, under that likelihood", _noisy),
     "v": Part("other starts of the learner, on validation rows", _starts),
     "f": Part("growth with the number of domains (run it alone: it is timed)", _growth),
 }
