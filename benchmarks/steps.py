@@ -96,6 +96,8 @@ def main() -> int:
     if options.way:
         print(json.dumps(work(options)))
         return 0
+    if min(options.runs, options.steps, options.per_class) < 1:
+        raise SystemExit("--runs, --steps and --per-class are numbers from 1")
     if not Path(options.model).is_dir():
         raise SystemExit(f"{options.model} is not there; `make demo` makes the model")
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}

@@ -30,10 +30,10 @@ OF_START = {
 }
 
 
-def drawn(b: Bench) -> str:
-    """How many draws the learned figures of the table have, and how far apart those of a seed are."""
+def drawn(b: Bench, start: str) -> str:
+    """How many draws the learned figures from a start have, and how far apart those of a seed are; a sentence after another."""
     by: dict[tuple[Any, ...], list[float]] = {}
-    settings: dict[str, Any] = {k: v for k, v in LEARNED.items() if k != "draw"} | {"start": b.start}
+    settings: dict[str, Any] = {k: v for k, v in LEARNED.items() if k != "draw"} | {"start": start}
     for row in b.cells.find(**settings, domains=b.names):
         cell = row["cell"]
         by.setdefault((cell["seed"], cell["rule"], cell["space"], cell["b_max"]), []).append(final(row))
@@ -43,7 +43,7 @@ def drawn(b: Bench) -> str:
     said = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     spread = [Mean.of(values).deviation ** 2 for values in by.values() if len(values) > 1]
     return (
-        f"A seed's learned figure is the mean over its draws of the buffer's rows ({said}), and seeds are averaged after that; "
+        f" A seed's learned figure is the mean over its draws of the buffer's rows ({said}), and seeds are averaged after that; "
         f"draws of one seed have a standard deviation of {100 * math.sqrt(sum(spread) / len(spread)):.1f} points."
     )
 

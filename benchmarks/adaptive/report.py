@@ -93,7 +93,7 @@ def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str,
     b = tables.Bench(found[name], tuple(stream.names), stream.orders, bench.follow, bench.best)
     kind, growing = stream.fields.kind, {bench: found[bench] for bench in more}
     devices = sorted({row["device"] for cells in growing.values() for row in cells.rows})
-    drawn = f" {said}" if (said := checks.drawn(b)) else ""
+    drawn = checks.drawn(b, b.start)
     grown = [line for cells in growing.values() for line in streams.growth(cells)]
     search = wording.SEARCHED[b.start]
     poster = wording.POSTER.format(count=len(GRID), first=GRID[0], last=GRID[-1], search=search)
@@ -109,7 +109,7 @@ def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str,
         ("Why wrong weights collapse", wording.COLLAPSE, tables.collapse(b)),
         ("Answers evened out", wording.EVENED, checks.evened(b)),
         ("What the cut to a rank costs", wording.RANKS, tables.ranks(b)),
-        ("Rows that no adapter was trained on", wording.UNTRAINED + drawn, checks.untrained(b)),
+        ("Rows that no adapter was trained on", wording.UNTRAINED + checks.drawn(b, "scale"), checks.untrained(b)),
         ("More steps", wording.LONG, checks.longer(b)),
         ("Where the learner begins", wording.STARTS, checks.starts(b)),
         ("Growth", wording.GROWTH.format(devices=f" ({', '.join(devices)})" if devices else ""), grown),

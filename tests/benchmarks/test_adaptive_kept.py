@@ -101,12 +101,12 @@ def test_cells_are_added_to_those_of_the_page_where_the_adapters_are_the_same(ha
     lay([*late, *other])
     with pytest.raises(LoralloyError, match=r"is made of is not what the page has \(.*: other adapters"):
         harness.report.main([*words, "--add"])
-    joint = [one for one in other if one["cell"]["how"] == "own"]
-    for one in joint:
+    own = [one for one in other if one["cell"]["how"] == "own"]
+    for one in own:
         one["test"] = next(o["test"] for o in same if o["cell"] == one["cell"])
     unlike = [one for one in other if one["cell"]["how"] == "joint"]
     unlike[0]["test"][domain] += 0.01  # joint training went another way: nothing merged is made of it
-    lay([*late, *joint, *unlike])
+    lay([*late, *own, *unlike])
     assert harness.report.main([*words, "--add"]) == 0
     assert (docs / "adaptive-emoji.md").read_text() == whole
 
