@@ -31,6 +31,7 @@ def test_lists_make_a_grid(tmp_path):
             {"kind": "learned", "scales": [0.5, 1.0]},
             "joint",
             {"kind": "learned", "scales": "wide", "label_noise": [0.0, 0.1]},
+            {"kind": "grouped", "label_noise": "auto"},
         ],
         rank="max",
     )
@@ -39,6 +40,7 @@ def test_lists_make_a_grid(tmp_path):
         "learned b_max=3 per_class=1", "learned b_max=3 per_class=5", "layers granularity=layer",
         "layers granularity=module", "learned scales=(0.5, 1.0)", "joint",
         "learned scales=wide label_noise=0", "learned scales=wide label_noise=0.1",
+        "grouped label_noise=auto",
     ]  # fmt: skip
     assert [(m.name, m.space, m.rank) for m in stream.merges] == [
         ("linear delta", "delta", "max"),
@@ -54,6 +56,7 @@ def test_lists_make_a_grid(tmp_path):
     assert (five.b_max, five.buffer(stream.fields.buffer).per_class) == (1, 5)
     assert stream.strategies[8].scales == (0.5, 1.0)
     assert stream.strategies[11].config() == {"scales": "wide", "label_noise": 0.1}
+    assert stream.strategies[12].config() == {"label_noise": "auto"}
     assert "per_class" not in five.settings and five.settings["b_max"] == 1
 
 

@@ -90,8 +90,23 @@ def test_a_row_that_no_weights_answer_right_is_not_all_that_is_learned_from(bank
         alpha = dict(run(Answers(bank, wrong=wrong), bank, **config).weights.items())
         return max(abs(alpha[n] - TRUTH[n]) for n in TRUTH)
 
-    assert off(0, label_noise=0.1) == pytest.approx(off(0), abs=0.05), "where all can be answered it changes little"
-    assert off(1) > 0.3 and off(1, label_noise=0.1) < 0.5 * off(1)
+    plain = {wrong: off(wrong, label_noise=0.0) for wrong in (0, 1)}
+    assert off(0) == pytest.approx(plain[0], abs=0.05), "where all can be answered it changes little"
+    assert plain[1] > 0.3 and off(1) < 0.5 * plain[1]
+
+
+def test_with_few_rows_one_answer_of_ten_is_taken_to_be_by_chance(bank):
+    """Where a stratum has fewer than four and examples choose; entropy and free text do without, and so do more rows."""
+    objective = Answers(bank, wrong=1)
+    few, many, free = (8, [4] * 8, 0.1), (2, [4] * 8, 0.0), (8, [0] * 8, 0.0)
+    for strata, choices, noise in (few, many, free, (8, [], 0.0), (3, [0] * 7 + [2], 0.1)):
+        objective.strata, objective.choices = [f"d{i % strata}" for i in range(8)], choices
+        assert run(objective, bank, steps=0, start=0.8).settings["label_noise"] == noise
+        assert run(objective, bank, steps=0, start=0.8, label_noise=0.0).settings["label_noise"] == 0
+    objective.strata, objective.choices = [f"d{i}" for i in range(8)], [4] * 8
+    ways = ({}, {"label_noise": 0.1}, {"label_noise": 0.0})
+    auto, given, plain = (run(objective, bank, **more).history[-1]["loss"] for more in ways)
+    assert auto == given != plain
 
 
 def test_noise_without_choices_is_refused(bank):
@@ -100,6 +115,6 @@ def test_noise_without_choices_is_refused(bank):
         objective.choices = choices
         with pytest.raises(LoralloyError, match=r"label_noise is 0\.1, and no example chooses among options"):
             run(objective, bank, label_noise=0.1)
-    for value in (1.0, -0.1, True):
-        with pytest.raises(LoralloyError, match=r"label_noise is .*; give a number from 0, below 1"):
+    for value in (1.0, -0.1, True, "some"):
+        with pytest.raises(LoralloyError, match=r"label_noise is .*; give 'auto' or a number from 0, below 1"):
             LearnConfig(label_noise=value)

@@ -112,10 +112,11 @@ def learn(
         ),
     ] = None,
     label_noise: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="How likely an example's answer is one by chance: above 0, one that no weights answer right counts for less.",
-            show_default="0", rich_help_panel=_HOW,
+            help="How likely an example's answer is one of its options by chance (then one that no weights answer right counts "
+            "for less), or auto.",
+            show_default="auto: 0.1 where a class has fewer than 4, else 0", rich_help_panel=_HOW,
         ),
     ] = None,
     budget: Annotated[int | None, typer.Option(help="Weights tried.", show_default="40", rich_help_panel=_HOW)] = None,
@@ -212,7 +213,7 @@ def _learn_config(strategy: str, given: dict[str, Any], seed: int) -> Any:
     from ..weighting.adamerging import CONFIG
     from ..weighting.learned import LearnConfig
 
-    for name, words in (("start", ("scale", "zero")), ("hold_out", ("auto",))):
+    for name, words in (("start", ("scale", "zero")), ("hold_out", ("auto",)), ("label_noise", ("auto",))):
         if name in given and given[name] not in words:
             try:
                 given[name] = float(given[name])

@@ -66,7 +66,7 @@ def show(
     stdout.print(weights_table(result.weights, bank))
     if measured:
         stdout.print(_table(measured))
-    for text in [*_said(asked, result), *_doubtful(asked, measured)]:
+    for text in [*_said(asked, result), *_doubtful(asked, result, measured)]:
         line(text)
     line(f"wrote {out}")
     line(f"next: {_merge(asked, given, out)}{' --assume-same-base' * assume_same_base}")
@@ -110,7 +110,8 @@ def _said(asked: Asked, result: Learned) -> list[str]:
         best = f"{settings['evaluations']} evaluations, the best was number {result.best_step + 1}{base}"
         return [f"{rule}; {best}; {result.seconds:.1f} s"]
     steps = len(result.history) - 1
-    lines = [f"{rule}; from {result.start_scale:.2f} each, {steps} steps; {result.seconds:.1f} s"]
+    noise = f", label noise {settings['label_noise']:g}" if settings["label_noise"] else ""
+    lines = [f"{rule}; from {result.start_scale:.2f} each, {steps} steps{noise}; {result.seconds:.1f} s"]
     if settings["hold_out"]:
         before = result.history[0]["held_out"]
         lines.append(
@@ -122,14 +123,14 @@ def _said(asked: Asked, result: Learned) -> list[str]:
     return lines
 
 
-def _doubtful(asked: Asked, measured: Mapping[str, Mapping[str, Figures]]) -> list[str]:
+def _doubtful(asked: Asked, result: Learned, measured: Mapping[str, Mapping[str, Figures]]) -> list[str]:
     """The examples that equal weights answer otherwise with confidence: few of them can decide all that is learned."""
     found = measured["equal"][""].doubtful if measured else ()
     if not found:
         return []
     said = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
     line = f"doubtful: {said} (an answer of less than 5 % under equal weights): check what is asked and answered there"
-    noise = asked.strategy == "gradient" and not asked.given["config"].label_noise
+    noise = asked.strategy == "gradient" and not result.settings["label_noise"]
     return [line + ("; with --label-noise 0.1 it counts for less" if noise else "")]
 
 

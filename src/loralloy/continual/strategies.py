@@ -27,6 +27,7 @@ Form = Literal["sigmoid", "signed", "softmax"]
 Granularity = Literal["adapter", "layer", "module"]
 Positive = Annotated[float, Field(gt=0)]
 AtLeast0 = Annotated[float, Field(ge=0)]
+LabelNoise = Literal["auto"] | Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Learned(_Gradient):
     kind = "learned"
     source = "Coleman et al. 2024"
     uses_buffer = True
-    label_noise: Annotated[float, Field(ge=0, lt=1)] | None = None
+    label_noise: LabelNoise | None = None
 
 
 class Entropy(_Gradient):
@@ -194,6 +195,7 @@ class Grouped(_Gradient):
     threshold: Annotated[float, Field(ge=-1, le=1)] = 0.1
     groups: Count = 4
     density: Annotated[float, Field(gt=0, le=1)] = 0.5
+    label_noise: LabelNoise | None = None
 
 
 class Sequential(Strategy):

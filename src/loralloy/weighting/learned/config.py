@@ -12,6 +12,7 @@ ENOUGH = (
     4  # samples a stratum from which on some are held out by default, and coefficients may be finer than one an adapter
 )
 FINE = 40  # samples in all that the latter needs, too: with so few it was tried at no fewer than 4 a stratum
+NOISE = 0.1  # label noise of strata with fewer than ENOUGH samples
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class LearnConfig:
             4 samples, else near: of few rows, one that no scale answers right can take the start far off.
         label_noise: epsilon of a likelihood under which an answer is drawn at random from the example's n choices with that
             probability: -log((1 - epsilon) p + epsilon / n) instead of -log p, so that one example that no weights answer right
-            is not all that is learned from. Answers without choices keep -log p.
+            is not all that is learned from. Answers without choices keep -log p. "auto" is 0.1 where a stratum has fewer than 4
+            samples, else 0.
         rows_at_once: rows of one forward, which bounds memory; the gradient is that of all of them.
         replay: on a GPU, record a step and replay it where the objective allows it, which saves launching its kernels one by
             one; as much memory as a step takes is held for as long as the run lasts.
@@ -51,7 +53,7 @@ class LearnConfig:
     patience: int = 20
     start: float | Literal["scale", "zero"] = "scale"
     scales: tuple[float, ...] | Literal["auto", "near", "wide"] = "auto"
-    label_noise: float = 0.0
+    label_noise: float | Literal["auto"] = "auto"
     rows_at_once: int = 32
     replay: bool = True
     seed: int = 0
@@ -74,7 +76,10 @@ class LearnConfig:
         check("regularisation", lam is None or (_number(lam) and lam >= 0), "a number from 0")
         check("hold_out", held == "auto" or (_number(held) and 0 <= held < 1), "'auto' or a fraction from 0, below 1")
         check("start", self.start in ("scale", "zero") or _number(self.start), "'scale', 'zero' or a number")
-        check("label_noise", _number(self.label_noise) and 0 <= self.label_noise < 1, "a number from 0, below 1")
+        noise = self.label_noise
+        check(
+            "label_noise", noise == "auto" or (_number(noise) and 0 <= noise < 1), "'auto' or a number from 0, below 1"
+        )
         named = isinstance(self.scales, str)
         check("scales", self.scales in ("auto", "near", "wide") if named else len(self.scales) > 0,
               "'auto', 'near', 'wide' or at least one scale")  # fmt: skip

@@ -101,6 +101,7 @@ def learn(
         **asdict(config),
         "regularisation": run.pull,
         "hold_out": len(run.held),
+        "label_noise": run.noise,
         "rows": objective.size,
         "scales": [scale for scale, _ in searched],
         "start_scale": start_scale,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import LoralloyError
 from ...live.learnable import Learnable
 from .coefficients import NEAR, WIDE, Coefficients
-from .config import ENOUGH, LearnConfig
+from .config import ENOUGH, NOISE, LearnConfig
 from .objective import Objective, shares
 from .replay import Steps
 
@@ -57,9 +57,11 @@ class Run:
         self._rng = rng
         self._shares: dict[_Part, Tensor] = {}
         self._floors: dict[_Part, Tensor] = {}
-        self.noise = config.label_noise
         self.choices: Sequence[int] = getattr(objective, "choices", ())
-        if self.noise and not (any(self.choices) and hasattr(objective, "losses")):
+        choose = any(self.choices) and hasattr(objective, "losses")
+        noise = config.label_noise
+        self.noise = (NOISE if choose and not enough else 0.0) if noise == "auto" else noise
+        if self.noise and not choose:
             raise LoralloyError(
                 f"label_noise is {self.noise:g}, and no example chooses among options (the objective's `choices`); "
                 "give examples with options, or 0"
