@@ -24,7 +24,8 @@ HEADS = ("random", "learned", "prototypes")
 # where else the learner might begin: `strategies.begun` says what they are
 STARTS = ("match", "match_pull", "near", "near_pull", "scale_pull", "match_still", "near_still")
 NOISY = "near_noise"
-LONG = "scale_long"  # the library's start, four times as many steps
+LONG = "scale_long"  # the library's start from 4 rows a class on, four times as many steps
+NOISY_MORE = "scale_noise"  # the same, and label noise
 
 
 @dataclass(frozen=True)

@@ -6,46 +6,54 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cells import CHOSEN, GRAINS, LONG, SIZES, cell_name
+from cells import CHOSEN, GRAINS, NOISY, SIZES, cell_name
 from parts import PARTS
 from plan import BENCHES, groups
 from results import Cells, Mean, difference, final, interval, percent, validation
-from tables import LEARNED, WORDS, Bench, title
+from tables import WORDS, Bench, title
 
 from loralloy.continual.experience import DomainStream
 from pages import table
 
 OF_START = {
-    "scale": "the best on the buffer of up to 6 scales, 0.4 to 1.8 times an adapter's length; the library's search from 4 rows a "
-    "class on, and for fewer when the pages were begun",
+    "scale": "the best on the buffer of up to 6 scales, 0.4 to 1.8 times an adapter's length; what the library does from 4 rows "
+    "a class on, and did with fewer when the pages were begun",
     "scale_pull": "scale, pulled to it 10 times as much",
     "match": "an adapter's length, no search",
     "match_pull": "match, pulled to it 10 times as much",
     "match_still": "match without gradient steps",
-    "near": "the best of up to 5 scales, 0.7 to 1.4 times an adapter's length; the library's search for fewer than 4 rows a "
-    "class",
-    "near_noise": "near, under a likelihood by which one answer of ten is by chance",
+    "near": "the best of up to 5 scales, 0.7 to 1.4 times an adapter's length",
+    "near_noise": "near, under a likelihood by which one answer of ten is by chance; what the library does with fewer than 4 "
+    "rows a class",
     "near_pull": "near, pulled to it 10 times as much",
     "near_still": "near without gradient steps",
 }
 
 
-def drawn(b: Bench, start: str) -> str:
-    """How many draws the learned figures from a start have, and how far apart those of a seed are; a sentence after another."""
+def drawn(b: Bench) -> str:
+    """How many draws the table's learned figures have, and how far apart those of a seed are; a sentence after another."""
     by: dict[tuple[Any, ...], list[float]] = {}
-    settings: dict[str, Any] = {k: v for k, v in LEARNED.items() if k != "draw"} | {"start": start}
-    for row in b.cells.find(**settings, domains=b.names):
-        cell = row["cell"]
-        by.setdefault((cell["seed"], cell["rule"], cell["space"], cell["b_max"]), []).append(final(row))
+    for row in b.cells.find(**b.settings(draw=None), domains=b.names):
+        by.setdefault(_run(row)[:-1], []).append(final(row))
     counts = sorted({len(values) for values in by.values()})
     if not counts or counts[-1] < 2:
         return ""
     said = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    spread = [Mean.of(values).deviation ** 2 for values in by.values() if len(values) > 1]
     return (
         f" A seed's learned figure is the mean over its draws of the buffer's rows ({said}), and seeds are averaged after that; "
-        f"draws of one seed have a standard deviation of {100 * math.sqrt(sum(spread) / len(spread)):.1f} points."
+        f"draws of one seed have a standard deviation of {_spread(by)} points."
     )
+
+
+def _run(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Which of the table's learned runs a cell is: the draw last."""
+    return tuple(row["cell"].get(k, 0) for k in ("seed", "rule", "space", "b_max", "draw"))
+
+
+def _spread(by: Mapping[Any, Sequence[float]]) -> str:
+    """The standard deviation over a seed's draws, in points, pooled; nothing where none has two."""
+    several = [Mean.of(list(values)).deviation ** 2 for values in by.values() if len(values) > 1]
+    return f"{100 * math.sqrt(sum(several) / len(several)):.1f}" if several else ""
 
 
 def untrained(b: Bench) -> list[str]:
@@ -69,7 +77,7 @@ def evened(b: Bench) -> list[str]:
         for k in SIZES:
             for grain in GRAINS:
                 same: dict[str, Any] = {"rule": rule, "space": space, "per_class": k, "grain": grain, "b_max": 3.0}
-                even = b.cells.by_seed(how="even_learned", domains=b.names, head="random", **same)
+                even = b.cells.by_seed(how="even_learned", domains=b.names, head="random", start=b.start(k), **same)
                 plain = b.learned(rule, space, per_class=k, grain=grain)
                 rows.append((f"{title(rule, space)}, by {grain}", k, plain, even))
     for k in SIZES:
@@ -85,54 +93,69 @@ def evened(b: Bench) -> list[str]:
 
 
 def starts(b: Bench) -> list[str]:
-    """Validation accuracy by start of the learner, each against "scale" over the runs that both have: of every merge, seed, draw
-    of the buffer's rows and b_max."""
+    """Validation accuracy by start of the learner, each against "scale", and under label noise against the same without, over the
+    runs that both have: of every merge, seed, draw of the buffer's rows and b_max."""
     by: dict[str, dict[tuple[Any, ...], float]] = {}
-    settings: dict[str, Any] = {k: v for k, v in LEARNED.items() if k != "draw"}
     for start in OF_START:
-        for row in b.cells.find(**{**settings, "start": start, "domains": b.names}):
+        for row in b.cells.find(**b.settings(draw=None, start=start, domains=b.names)):
             if row["validation"]:
-                key = tuple(row["cell"].get(k, 0) for k in ("seed", "rule", "space", "b_max", "draw"))
-                by.setdefault(start, {})[key] = validation(row)
+                by.setdefault(start, {})[_run(row)] = validation(row)
     rows = []
-    for start, found in by.items():
-        both = sorted(found.keys() & by.get("scale", {}).keys())
-        if start == "scale" or not both:
+    for start, other in [*((start, "scale") for start in by if start != "scale"), (NOISY, "near")]:
+        both = sorted(by.get(start, {}).keys() & by.get(other, {}).keys())
+        if not both:
             continue
 
-        def of(start: str, both: Sequence[tuple[Any, ...]] = both) -> dict[int, float]:
-            values: dict[int, list[float]] = {}
+        def grouped(start: str, depth: int, both: Sequence[tuple[Any, ...]] = both) -> dict[Any, list[float]]:
+            values: dict[Any, list[float]] = {}
             for key in both:
-                values.setdefault(key[0], []).append(by[start][key])
-            return {seed: sum(some) / len(some) for seed, some in values.items()}
+                values.setdefault(key[:depth], []).append(by[start][key])
+            return values
+
+        def of(start: str, grouped: Any = grouped) -> dict[int, float]:
+            return {key[0]: sum(some) / len(some) for key, some in grouped(start, 1).items()}
 
         runs, draws = f"{len(both)} of {len({key[0] for key in both})} seeds", len({key[4] for key in both})
-        means = [percent(Mean.of(list(of(s).values()))) for s in ("scale", start)]
-        lowest = [f"{100 * min(by[s][key] for key in both):.1f}" for s in ("scale", start)]
-        rows.append([f"{start}: {OF_START[start]}", f"{runs}, {draws} draw{'s' * (draws > 1)}", *means,
-                     interval(difference(of(start), of("scale"))), *lowest])  # fmt: skip
-    heads = ["start", "runs", "scale", "this", "this - scale", "lowest run, scale", "this"]
+        means = [percent(Mean.of(list(of(s).values()))) for s in (other, start)]
+        lowest = [f"{100 * min(by[s][key] for key in both):.1f}" for s in (other, start)]
+        apart = [_spread(grouped(s, 4)) for s in (other, start)]
+        said = f"{start}: {OF_START[start]}" if other == "scale" else start
+        rows.append([said, other, f"{runs}, {draws} draw{'s' * (draws > 1)}", *means,
+                     interval(difference(of(start), of(other))), *lowest, *apart])  # fmt: skip
+    heads = [
+        "start",
+        "against",
+        "runs",
+        "that",
+        "this",
+        "this - that",
+        "lowest run, that",
+        "this",
+        "draws apart, that",
+        "this",
+    ]
     return [f"scale: {OF_START['scale']}.", "", *table(heads, rows)] if rows else []
 
 
-def longer(b: Bench) -> list[str]:
-    """Four times as many steps beside the library's."""
+def beside(b: Bench, start: str, ours: str, other: str) -> list[str]:
+    """What the library does from ENOUGH rows a class on, and another start in its place. ours, other: their names."""
     rows = []
     for rule, space in CHOSEN:
-        for grain in GRAINS[1:]:
-            shared = {**LEARNED, "b_max": 3.0, "per_class": SIZES[-1], "grain": grain, "rule": rule, "space": space}
-            said = []
-            for value in (validation, final):
-                few, many = (
-                    b.cells.by_seed(value, **{**shared, "start": s, "domains": b.names}) for s in ("scale", LONG)
-                )
-                both = [seed for seed in few if seed in many]
-                said += [percent(Mean.of([some[s] for s in both])) for some in (few, many)]
-                said += [interval(difference(many, few))]
-            if both:
-                rows.append([f"{title(rule, space)}, by {grain}", *said, f"{len(both)}"])
-    names = ("validation, 60 steps", "240", "240 - 60", "test, 60 steps", "240", "240 - 60")
-    return table(["", *names, "seeds"], rows)
+        for k in SIZES:
+            for grain in GRAINS:
+                shared = b.settings(b_max=3.0, per_class=k, grain=grain, rule=rule, space=space, domains=b.names)
+                said = []
+                for value in (validation, final):
+                    one, two = (b.cells.by_seed(value, **{**shared, "start": s}) for s in ("scale", start))
+                    both = [seed for seed in one if seed in two]
+                    said += [percent(Mean.of([some[s] for s in both])) for some in (one, two)]
+                    said += [interval(difference(two, one))]
+                if both:
+                    rows.append([f"{title(rule, space)}, by {grain}", f"{k}", *said, f"{len(both)}"])
+    names = [
+        f"{rows_of}{some}" for rows_of in ("validation, ", "test, ") for some in (ours, other, f"{other} - {ours}")
+    ]
+    return table(["", "rows a class", *names, "seeds"], rows)
 
 
 # -- what is missing ---------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from cells import (
     GRID,
     LONG,
     NOISY,
+    NOISY_MORE,
     RULES,
     SIZES,
     STARTS,
@@ -236,6 +237,17 @@ def _long(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[
     return _merged(bench, stream, part, cells)
 
 
+def _noisy_more(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
+    """Where the library takes none: with 5 and 20 rows a class."""
+    cells = [
+        learned(seed, stream.names, rule, space, 3.0, k, grain, NOISY_MORE)
+        for rule, space in CHOSEN
+        for k, grains in ((5, GRAINS[:2]), (SIZES[-1], GRAINS))
+        for grain in grains
+    ]
+    return _merged(bench, stream, part, cells)
+
+
 def _starts(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterator[Group]:
     cells = [learned(seed, stream.names, r, s, start=start) for r, s in bench.merges for start in STARTS]
     return _merged(bench, stream, part, cells)
@@ -246,7 +258,7 @@ def _growth(bench: Bench, stream: DomainStream, part: str, seed: int) -> Iterato
     for size in bench.sizes:
         for rule, space in CHOSEN:
             names = tuple(stream.names[:size])
-            cells += [learned(seed, names, rule, space), Cell("fixed", seed, names, rule, space, 1.0)]
+            cells += [learned(seed, names, rule, space, start=NOISY), Cell("fixed", seed, names, rule, space, 1.0)]
             cells += [Cell("fixed", seed, names, rule, space, round(1 / size, 4))] if size > 1 else []
     return _merged(bench, stream, part, cells)
 
@@ -284,6 +296,7 @@ PARTS = {
     "near": Part("learned from the search close to an adapter's length, all draws of the buffer's rows", _near),
     "noise": Part("the table's learned coefficients under a likelihood of answers by chance", _near),
     "noisy": Part("what else is learned from one or two rows a class, under that likelihood", _noisy),
+    "more": Part("buffers of 5 and 20 rows a class under that likelihood", _noisy_more),
     "v": Part("other starts of the learner, on validation rows", _starts),
     "f": Part("growth with the number of domains (run it alone: it is timed)", _growth),
 }

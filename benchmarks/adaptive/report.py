@@ -25,7 +25,7 @@ import claims  # noqa: E402
 import streams  # noqa: E402
 import tables  # noqa: E402
 import wording  # noqa: E402
-from cells import GRID, cell_name  # noqa: E402
+from cells import GRID, LONG, NOISY_MORE, cell_name  # noqa: E402
 from figures import draw  # noqa: E402
 from plan import BENCHES  # noqa: E402
 from results import Cells, joined  # noqa: E402
@@ -71,18 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read(page: str, cells: Path, data: Path | None) -> dict[str, Cells]:
     """The cells of a page's benches: from their files, or from what an earlier report kept of them.
 
-    Of the files, those that the plan has; in the digits that are kept, so that the page made again is the same.
+    Those that the plan has; of the files in the digits that are kept, so that the page made again is the same.
     """
     name, more = PAGES[page]
-    if data is None:
-        found = {}
-        for bench in (name, *more):
-            plan = checks.planned(bench, BENCHES[bench].stream())
-            rows = [row for row in Cells.load(cells, bench).compact() if cell_name(row["cell"]) in plan]
-            found[bench] = Cells(bench, rows)
-        return found
-    kept = json.loads(data.read_text(encoding="utf-8"))["cells"] if data.is_file() else {}
-    return {bench: Cells(bench, kept.get(bench, [])) for bench in (name, *more)}
+    kept = json.loads(data.read_text(encoding="utf-8"))["cells"] if data is not None and data.is_file() else {}
+    found = {}
+    for bench in (name, *more):
+        plan = checks.planned(bench, BENCHES[bench].stream())
+        rows = Cells.load(cells, bench).compact() if data is None else kept.get(bench, [])
+        found[bench] = Cells(bench, [row for row in rows if cell_name(row["cell"]) in plan])
+    return found
 
 
 def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str, str]], bytes]:
@@ -93,9 +91,9 @@ def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str,
     b = tables.Bench(found[name], tuple(stream.names), stream.orders, bench.follow, bench.best)
     kind, growing = stream.fields.kind, {bench: found[bench] for bench in more}
     devices = sorted({row["device"] for cells in growing.values() for row in cells.rows})
-    drawn = checks.drawn(b, b.start)
+    drawn = checks.drawn(b)
     grown = [line for cells in growing.values() for line in streams.growth(cells)]
-    search = wording.SEARCHED[b.start]
+    search = wording.SEARCHED[b.start(1)]
     poster = wording.POSTER.format(count=len(GRID), first=GRID[0], last=GRID[-1], search=search)
     parts: list[tuple[str, str, list[str]]] = [
         ("What it was to show", "", claims.verdict_lines(b, kind, growing)),
@@ -109,8 +107,9 @@ def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str,
         ("Why wrong weights collapse", wording.COLLAPSE, tables.collapse(b)),
         ("Answers evened out", wording.EVENED, checks.evened(b)),
         ("What the cut to a rank costs", wording.RANKS, tables.ranks(b)),
-        ("Rows that no adapter was trained on", wording.UNTRAINED + checks.drawn(b, "scale"), checks.untrained(b)),
-        ("More steps", wording.LONG, checks.longer(b)),
+        ("Rows that no adapter was trained on", wording.UNTRAINED + drawn, checks.untrained(b)),
+        ("More steps", wording.LONG, checks.beside(b, LONG, "60 steps", "240 steps")),
+        ("Label noise with more rows", wording.NOISY_MORE, checks.beside(b, NOISY_MORE, "without", "with")),
         ("Where the learner begins", wording.STARTS, checks.starts(b)),
         ("Growth", wording.GROWTH.format(devices=f" ({', '.join(devices)})" if devices else ""), grown),
     ]
@@ -139,7 +138,7 @@ def preamble(page: str, b: tables.Bench, found: dict[str, Cells]) -> list[str]:
         f"{len(rows)} cells; {', '.join(devices)}.",
         f"Test rows: {', '.join(f'{domain} {n}' for domain, n in tested.items())}. Training: {json.dumps(fields.train)}; model "
         f"`{Path(fields.model).name}` in {wording.JUDGED}",
-        wording.CHOSEN.format(search=wording.NARROWED[b.start]) + seen, said, "", "```sh",
+        wording.CHOSEN.format(search=wording.NARROWED[b.start(1)]) + seen, said, "", "```sh",
         f"python benchmarks/adaptive/run.py --bench {name} --jobs 12",
         *([f"python benchmarks/adaptive/run.py --bench {' '.join(more)} --jobs 1"] if more else []),
         "python benchmarks/adaptive/report.py --write", "```", *(["", missing] if missing else []),

@@ -75,8 +75,9 @@ def begun(cell: Cell, live: Learnable) -> LearnConfig:
 
     scale: the library's wide search. near: its search close to an adapter's length. match: the scale at which the merge is as
     long as an adapter, without a search. zero: the poster's. With _pull: the regularisation is 1, whatever the rows (10 times the
-    default for one row a class). With _noise: one answer of ten is taken to be by chance. With _still: no gradient steps. With
-    _long: four times as many steps, and as much patience.
+    default for one row a class). With _noise: one answer of ten is taken to be by chance; no other start takes any. With _still:
+    no gradient steps. With _long: four times as many steps, and as much patience. So "scale" is what the library does from
+    `tables.ENOUGH` rows a class on, and `cells.NOISY` what it does below them.
     """
     from loralloy.weighting.learned import LearnConfig
 
@@ -87,6 +88,7 @@ def begun(cell: Cell, live: Learnable) -> LearnConfig:
         config = LearnConfig(start="zero")
     else:
         config = LearnConfig(scales="near" if start == "near" else "wide")
+    config = dataclasses.replace(config, label_noise=0.0)
     if more == "noise":
         return dataclasses.replace(config, label_noise=0.1)
     if more == "pull":

@@ -8,7 +8,7 @@ from typing import Any
 
 from cells import CHOSEN, SIZES
 from results import Cells, Mean, Row, final, percent
-from tables import LEARNED, OF_HEAD, Bench, title
+from tables import OF_HEAD, Bench, title
 
 from loralloy.continual.metrics import Metrics
 from pages import table
@@ -22,19 +22,19 @@ def configs(b: Bench) -> list[Config]:
     found: list[Config] = []
     for rule, space in CHOSEN:
         for k in b.follow:
-            found.append((f"learned, {k} a class", rule, space, {**LEARNED, "per_class": k, "b_max": 3.0}))
+            found.append((f"learned, {k} a class", rule, space, b.settings(per_class=k, b_max=3.0)))
         found.append(("fixed W=1", rule, space, {"how": "fixed", "weight": 1.0, "head": "random"}))
-    settings = {**LEARNED, "per_class": SIZES[-1], "b_max": 3.0, "grain": "layer"}
+    settings = b.settings(per_class=SIZES[-1], b_max=3.0, grain="layer")
     found.append((f"learned, by layer, {SIZES[-1]} a class", *CHOSEN[0], settings))
     for chosen in b.best:
-        settings = {**LEARNED, **{k: v for k, v in chosen.items() if k not in ("rule", "space")}}
+        settings = b.settings(**{k: v for k, v in chosen.items() if k not in ("rule", "space")})
         said = "" if settings["grain"] == "adapter" else f", by {settings['grain']}"
         said += f", {settings['per_class']} a class"
         said += "" if settings["b_max"] == 3 else f", b_max = {settings['b_max']:g}"
         said += "" if settings["head"] == "random" else f", {OF_HEAD[settings['head']]} (first order)"
         found.append((f"learned{said}", chosen["rule"], chosen["space"], settings))
     for rule, space in CHOSEN:
-        settings = {**LEARNED, "per_class": 5, "b_max": 3.0, "head": "prototypes"}
+        settings = b.settings(per_class=5, b_max=3.0, head="prototypes")
         found.append(("learned, 5 a class, head of prototypes (first order)", rule, space, settings))
     return found
 

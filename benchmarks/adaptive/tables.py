@@ -6,7 +6,7 @@ import math
 from functools import cached_property
 from typing import Any
 
-from cells import B_MAX, CHOSEN, FEW, GRAINS, GRID, HEADS, RULES, SIZES, SPACES
+from cells import B_MAX, CHOSEN, FEW, GRAINS, GRID, HEADS, NOISY, RULES, SIZES, SPACES, cell_name
 from results import Cells, Mean, Row, difference, final, interval, percent, validation
 
 from pages import table
@@ -15,16 +15,15 @@ OF_HEAD = {"random": "random head", "learned": "head of the first domain", "prot
 NAMES = {"linear": "Task arithmetic", "ties": "TIES", "dare_ties": "DARE-TIES"}
 WORDS = [(rule, space) for space in SPACES for rule in RULES]
 SEEDS = 3  # that a configuration must have to be chosen
+ENOUGH = 4  # rows a class from which on the library begins otherwise (loralloy.weighting.learned.config)
 LEARNED: dict[str, Any] = {
     "how": "learned",
     "per_class": 1,
     "grain": "adapter",
-    "start": "scale",
     "head": "random",
     "rank": None,
     "draw": 0,
 }
-_TABLE = {k: v for k, v in LEARNED.items() if k != "draw"}
 
 
 def alpha_0(b_max: float) -> float:
@@ -49,31 +48,36 @@ class Bench:
     ) -> None:
         self.cells, self.names, self.orders, self.follow, self.best = cells, names, orders, follow, best
 
+    def start(self, per_class: int) -> str:
+        """Where the learner begins in the tables, by rows a class: as the library does, as far as the page has it."""
+        return self._few if per_class < ENOUGH else "scale"
+
     @cached_property
-    def start(self) -> str:
-        """The line search of the tables with one row a class: the library's of today, "near", where a page has all those cells,
-        else "scale", the wide one, which was its own when the page was made."""
+    def _few(self) -> str:
+        """Below ENOUGH rows a class: the library's of today where the page has all those cells, else "scale", its own then."""
+        learned = [r["cell"] for r in self.cells.rows if "start" in r["cell"] and r["cell"]["per_class"] < ENOUGH]
+        today = {cell_name({**c, "start": NOISY}) for c in learned if c["start"] == "scale"}
+        return NOISY if today and today <= {cell_name(c) for c in learned if c["start"] == NOISY} else "scale"
 
-        def those(start: str) -> set[tuple[Any, ...]]:
-            rows = self.cells.find(**{**_TABLE, "start": start, "domains": self.names})
-            return {tuple(r["cell"].get(k, 0) for k in ("seed", "rule", "space", "b_max", "draw")) for r in rows}
-
-        near = those("near")
-        return "near" if near and near >= those("scale") else "scale"
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """Of the tables' learned cells; of any draw where draw is None."""
+        settings = {**LEARNED, **more}
+        settings.setdefault("start", self.start(settings["per_class"]))
+        if settings["draw"] is None:
+            del settings["draw"]
+        return settings
 
     def fixed(self, rule: str, space: str, weight: float) -> dict[int, float]:
         return self.cells.by_seed(how="fixed", rule=rule, space=space, weight=weight, domains=self.names, head="random")
 
     def learned(self, rule: str, space: str, b_max: float = 3.0, **more: Any) -> dict[int, float]:
         """Of draw 0 of the buffer's rows, so that cells of all kinds can be paired; draw=None: the mean over all draws."""
-        settings = {**LEARNED, "rule": rule, "space": space, "b_max": b_max, "domains": self.names, **more}
-        if settings["draw"] is None:
-            del settings["draw"]
-        return self.cells.by_seed(**settings)
+        settings = {"rule": rule, "space": space, "b_max": b_max, "domains": self.names, **more}
+        return self.cells.by_seed(**self.settings(**settings))
 
     def drawn(self, rule: str, space: str, b_max: float = 3.0, start: str | None = None) -> dict[int, float]:
         """The mean over the draws that a seed has, from `start` or else the tables' own."""
-        return self.learned(rule, space, b_max, draw=None, start=start or self.start)
+        return self.learned(rule, space, b_max, draw=None, **({"start": start} if start else {}))
 
     def alone(self, how: str, head: str = "random") -> dict[int, float]:
         return self.cells.by_seed(how=how, domains=self.names, head=head)
@@ -98,7 +102,7 @@ class Bench:
         """
         groups: dict[tuple[tuple[str, Any], ...], set[int]] = {}
         for row in self.cells.find(how="learned", domains=self.names, rank=None, **settings):
-            if row["cell"].get("start") in ("scale", "near", "zero") and row["validation"]:
+            if row["cell"]["start"] in (self.start(row["cell"]["per_class"]), "zero") and row["validation"]:
                 key = {k: v for k, v in row["cell"].items() if k not in ("seed", "domains", "order", "draw")}
                 groups.setdefault(tuple(sorted(key.items())), set()).add(row["cell"]["seed"])
         least = min(SEEDS, max(map(len, groups.values()), default=0))
@@ -242,8 +246,9 @@ def heads(b: Bench) -> list[str]:
         for how, said in (("own", "own adapter of each domain"), ("joint", "joint training")):
             found = b.alone(how, head)
             rows.append([f"{OF_HEAD[head]}: {said}", "", percent(Mean.of(list(found.values())))] if found else None)
-        settings = {tuple(row["cell"].get(k) for k in ("rule", "space", "per_class", "grain")) for row in
-                    b.cells.find(how="learned", head=head, domains=b.names, b_max=3.0, start="scale", rank=None)}  # fmt: skip
+        of_head = b.cells.find(how="learned", head=head, domains=b.names, b_max=3.0, rank=None)
+        own = [r["cell"] for r in of_head if r["cell"]["start"] == b.start(r["cell"]["per_class"])]
+        settings = {tuple(cell.get(k) for k in ("rule", "space", "per_class", "grain")) for cell in own}
         for rule, space, k, grain in sorted(settings, key=str):
             if head == "random" and (k not in (1, 20) or (rule, space) not in CHOSEN or grain == "module"):
                 continue

@@ -39,51 +39,68 @@ def test_a_seed_counts_once_however_many_draws_it_has(harness):
 def test_starts_are_compared_run_by_run_and_only_the_library_s_are_chosen_from(harness):
     rows = []
     for seed in (0, 1, 2):
-        for start, score in (("scale", 0.5), ("match", 0.52 + 0.002 * seed), ("near", 0.9)):
+        for start, score in (("scale", 0.5), ("match", 0.52 + 0.002 * seed), ("near", 0.9), ("near_noise", 0.95)):
             for rule in ("ties", "linear"):
-                if start != "near" or (rule == "ties" and seed < 2):
+                if not start.startswith("near") or (rule == "ties" and seed < 2):
                     settings = LEARNED | {"rule": rule, "space": "delta", "start": start}
                     rows.append(row(0.6, seed, validation=score + (0.3 if rule == "linear" else 0.0), **settings))
         rows.append(row(0.8, seed, how="joint"))
     again = LEARNED | {"rule": "ties", "space": "delta", "draw": 1}
     rows += [row(0.6, 0, validation=0.4, **again), row(0.6, 0, validation=0.9, **again | {"start": "near"})]
+    rows += [row(0.6, 2, validation=0.9, **LEARNED | {"rule": "linear", "space": "delta", "start": "near_noise"})]
     cells = harness.results.Cells("emoji4", rows)
     text, _, _ = harness.report.build("emoji", {"emoji4": cells, "emoji7": harness.results.Cells("emoji7", [])})
     section = text.split("## Where the learner begins")[1]
     assert "| 6 of 3 seeds, 1 draw | 65.0 ± 0.0 | 67.2 ± 0.2 | +2.2 [+1.7, +2.7] | 50.0 | 52.0 |" in section
     assert "| 3 of 2 seeds, 2 draws | 47.5 ± 3.5 | 90.0 ± 0.0 | +42.5 [+10.7, +74.3] | 40.0 | 90.0 |" in section
+    assert (
+        "| near_noise | near | 2 of 2 seeds, 1 draw | 90.0 ± 0.0 | 95.0 ± 0.0 | +5.0 [+5.0, +5.0] | 90.0 | 95.0 |"
+        in section
+    )
     assert "match_pull" not in section
     assert "from 0.4 to 1.8 times" in text.split("## The poster's table")[1].split("## ")[0]
     bench = harness.tables.Bench(cells, NAMES, (NAMES,))
-    assert bench.start == "scale", "near is not there for all"
-    assert bench.chosen(head="random")[0]["start"] == "scale", "match is a check alone, and near has two seeds"
+    assert bench.start(1) == "scale", "near_noise is not there for all"
+    assert bench.chosen(head="random")[0]["start"] == "scale", "all others are a check alone"
 
 
 def test_the_tables_begin_as_the_library_does_where_a_page_has_those_cells(harness):
-    rows = []
+    """All that is learned from fewer than four rows a class, or none of it; with more rows and from c = 0 it is as it was."""
+    rows, few = [], LEARNED | {"rule": "ties", "space": "delta"}
+    layer, fresh, zero = few | {"per_class": 2, "grain": "layer"}, few | {"how": "fresh"}, few | {"start": "zero"}
     for seed in (0, 1, 2):
-        for start, score in (("scale", 0.5), ("near", 0.7)):
-            for draw in (0, 1):
-                settings = LEARNED | {"rule": "ties", "space": "delta", "start": start, "draw": draw}
-                rows.append(row(score + 0.1 * draw, seed, **settings))
+        for start, score in (("scale", 0.5), (harness.cells.NOISY, 0.7), ("near", 0.9)):
+            rows += [row(score + 0.1 * draw, seed, **few | {"start": start, "draw": draw}) for draw in (0, 1)]
+            if start != "near":
+                rows += [row(score - 0.01, seed, validation=0.6, **of | {"start": start}) for of in (layer, fresh)]
+        rows += [row(0.3, seed, **zero), row(0.4, seed, **few | {"per_class": 20})]
         rows.append(row(0.6, seed, how="fixed", rule="ties", space="delta", weight=1.0, head="random"))
     bench = harness.tables.Bench(harness.results.Cells("emoji4", rows), NAMES, (NAMES,))
-    assert bench.start == "near"
+    assert (bench.start(1), bench.start(2), bench.start(5)) == (harness.cells.NOISY, harness.cells.NOISY, "scale")
     assert bench.drawn("ties", "delta") == pytest.approx({0: 0.75, 1: 0.75, 2: 0.75})
-    assert bench.learned("ties", "delta") == pytest.approx({0: 0.5, 1: 0.5, 2: 0.5}), "what is paired began alike"
+    assert bench.learned("ties", "delta") == pytest.approx({0: 0.7, 1: 0.7, 2: 0.7})
+    assert bench.learned("ties", "delta", per_class=20) == pytest.approx({0: 0.4, 1: 0.4, 2: 0.4})
+    assert bench.chosen(head="random")[0] == layer | {"start": harness.cells.NOISY}
     text, _, _ = harness.report.build("emoji", {"emoji4": bench.cells, "emoji7": harness.results.Cells("emoji7", [])})
     table = text.split("## The poster's table")[1].split("## ")[0]
-    assert "from 0.7 to 1.4 times" in table and "75.0 ± 0.0" in table
-    assert "+15.0 [+15.0, +15.0]" in text.split("## Learned against its controls")[1].split("## ")[0]
+    assert "from 0.7 to 1.4 times" in table and "one answer of ten" in table and "75.0 ± 0.0" in table
+    controls = text.split("## Learned against its controls")[1].split("## ")[0]
+    assert "| +15.0 [+15.0, +15.0] | -30.0 [-30.0, -30.0] |" in controls
+    assert "| 75.0 ± 0.0 | 69.0 ± 0.0 | -6.0 [-6.0, -6.0] |" in text.split("## Rows that no adapter")[1]
+    for i, one in enumerate(rows):
+        if one["cell"].get("how") == "fresh" and one["cell"]["start"] == harness.cells.NOISY:
+            lacking = harness.results.Cells("emoji4", rows[:i] + rows[i + 1 :])
+    assert harness.tables.Bench(lacking, NAMES, (NAMES,)).start(1) == "scale", "one is not there"
 
 
-def test_more_steps_are_compared_seed_by_seed_and_ranks_have_their_columns(harness):
+def test_more_steps_and_noise_are_compared_seed_by_seed_and_ranks_have_their_columns(harness):
     rows = []
     many = LEARNED | {"rule": "ties", "space": "delta", "per_class": 20, "grain": "layer"}
     for seed in (0, 1, 2):
         rows.append(row(0.6, seed, validation=0.5, **many))
         long = many | {"start": harness.cells.LONG}
         rows.append(row(0.6 + 0.02 * seed, seed, validation=0.55, **long | ({} if seed else {"grain": "module"})))
+        rows.append(row(0.61, seed, validation=0.48, **many | {"start": harness.cells.NOISY_MORE}))
         rows.append(row(0.5 + 0.1 * seed, seed, **LEARNED | {"rule": "ties", "space": "delta"}))
         for rank in (8, 32) if seed == 1 else ():
             rows.append(row(0.5 + rank / 100, seed, **LEARNED | {"rule": "ties", "space": "delta", "rank": rank}))
@@ -92,10 +109,15 @@ def test_more_steps_are_compared_seed_by_seed_and_ranks_have_their_columns(harne
     text, _, _ = harness.report.build("emoji", {"emoji4": cells, "emoji7": harness.results.Cells("emoji7", [])})
     section = text.split("## More steps")[1].split("## ")[0]
     assert (
-        "| TIES, delta, by layer | 50.0 ± 0.0 | 55.0 ± 0.0 | +5.0 [+5.0, +5.0] | 60.0 ± 0.0 | 63.0 ± 1.4 | +3.0"
+        "| TIES, delta, by layer | 20 | 50.0 ± 0.0 | 55.0 ± 0.0 | +5.0 [+5.0, +5.0] | 60.0 ± 0.0 | 63.0 ± 1.4 | +3.0"
         in section
     )
     assert "by module" not in section  # which has none of 60 steps
+    section = text.split("## Label noise with more rows")[1].split("## ")[0]
+    assert (
+        "| 20 | 50.0 ± 0.0 | 48.0 ± 0.0 | -2.0 [-2.0, -2.0] | 60.0 ± 0.0 | 61.0 ± 0.0 | +1.0 [+1.0, +1.0] | 3 |"
+        in section
+    )
     section = text.split("## What the cut")[1].split("## ")[0]
     assert "| uncut | rank 8 | rank 32 | 8 - uncut | 32 - uncut |" in section
     assert "| TIES, delta | 60.0 | 58.0 | 82.0 | -2.0 (one seed) | +22.0 (one seed) |" in section

@@ -87,6 +87,9 @@ def test_draws_are_the_learned_cells_of_the_table_on_other_rows(harness):
     assert len(best["layer", "learned"] | {names}) == 3, "the head's own order alone"
     plain = {dataclasses.replace(c, start="scale") for c in by["long"]}
     assert plain < by["large"], "what longer learning is compared with"
+    assert {dataclasses.replace(c, start="scale") for c in by["more"]} <= by["c"] | by["large"], (
+        "and noise with more rows"
+    )
     assert list(harness.parts.PARTS)[-2] == "v" and "v" not in plan.BENCHES["multiemo4"].parts
 
 
@@ -122,7 +125,11 @@ def test_the_starts_that_are_tried(harness):
     assert begun("scale").regularisation is None and begun("scale_pull").regularisation == 1.0
     assert begun("match").start == 0.8 and begun("match", 0.5).start == pytest.approx(0.475)
     assert begun("near").scales == "near" and begun("scale").scales == "wide"  # the library's, whatever the rows
-    assert begun(harness.cells.NOISY).label_noise == 0.1 and begun("near").label_noise == 0
+    assert begun(harness.cells.NOISY).label_noise == 0.1 and begun("near").label_noise == 0 == begun("zero").label_noise
+    from loralloy.weighting.learned import config
+
+    assert harness.tables.ENOUGH == config.ENOUGH and begun(harness.cells.NOISY).label_noise == config.NOISE
+    assert begun(harness.cells.NOISY_MORE) == dataclasses.replace(begun("scale"), label_noise=0.1)
     assert begun("near_still").steps == 0 and begun("near_still").scales == begun("near").scales
     assert begun("match_pull").regularisation == 1.0 and begun("match_pull").steps == begun("scale").steps
     long = begun(harness.cells.LONG)
