@@ -117,7 +117,8 @@ def page(result: dict[str, Any]) -> str:
         f"Made by `python benchmarks/learning.py --write`: {result['where']}.",
         f"SmolLM2-135M-Instruct in float32, TF32 products; {len(TASKS)} of the shipped adapters, {result['rows']} rows, one",
         "coefficient an adapter, a line search and 60 steps. Runs: "
-        f"{result['runs']} each, medians and ranges; one process, nothing beside it.",
+        f"{result['runs']} each, medians and ranges; one process, nothing beside it. "
+        "Differences: of the loss without label noise.",
         "",
         "| rule, space | plain, s | recorded, s | times faster | memory, GB | loss, relative difference "
         "| gradient, relative difference | gradient of two plain runs |",

@@ -40,8 +40,8 @@ def drawn(b: Bench) -> str:
         return ""
     said = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f" A seed's learned figure is the mean over its draws of the buffer's rows ({said}), and seeds are averaged after that; "
-        f"draws of one seed have a standard deviation of {_spread(by)} points."
+        f" With one row a class a seed's learned figure is the mean over its draws of the buffer's rows ({said}), and "
+        f"seeds are averaged after that; draws of one seed have a standard deviation of {_spread(by)} points."
     )
 
 

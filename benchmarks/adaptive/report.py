@@ -100,7 +100,11 @@ def build(page: str, found: dict[str, Cells]) -> tuple[str, list[tuple[str, str,
         ("The poster's table", poster + drawn, tables.poster(b)),
         ("Learned against its controls", wording.CONTROLS + drawn, tables.controls(b)),
         ("Other ways to the same end", wording.OTHERS, tables.others(b)),
-        ("Buffer size and granularity", wording.BUFFERS.format(page=page), tables.buffers(b)),
+        (
+            "Buffer size and granularity",
+            wording.BUFFERS.format(page=page, few=wording.BEGUN[b.start(1)]),
+            tables.buffers(b),
+        ),
         ("After every experience", wording.PATH, streams.path_table(b)),
         ("Coefficients by experience", "Means over seeds, the first order.", streams.coefficients(b)),
         ("Classifier heads", wording.HEADS, tables.heads(b) if kind == "images" else []),
@@ -123,9 +127,7 @@ def preamble(page: str, b: tables.Bench, found: dict[str, Cells]) -> list[str]:
     tested: dict[str, Any] = next((row["rows_tested"] for row in rows if row.get("rows_tested")), {})
     seeds = sorted({row["cell"]["seed"] for row in rows})
     devices = sorted({row["device"] for row in rows})
-    quick = sorted(
-        row["seconds"]["learn"] for row in rows if row["cell"]["how"] == "learned" and row["cell"]["per_class"] == 1
-    )
+    quick = sorted(row["seconds"]["learn"] for row in b.cells.find(**b.settings(draw=None)))
     said = (
         f"Learning with one row a class took {quick[len(quick) // 2]:.1f} s (median, beside other processes)."
         if quick

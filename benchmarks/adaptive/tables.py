@@ -177,7 +177,7 @@ def controls(b: Bench) -> list[str]:
         rows.append(
             [title(rule, space), f"{m:g}", f"{alpha_0(m):g}", interval(d), interval(zero[rule, space, m]), said]
         )
-    heads = ["rule, space", "b_max", "alpha_0", "learned - fixed W = alpha_0", "the same from c = 0",
+    heads = ["rule, space", "b_max", "alpha_0", "learned - fixed W = alpha_0", "from c = 0 - fixed W = alpha_0",
              "learned - best fixed W in (0, b_max), hindsight"]  # fmt: skip
     return table(heads, rows)
 

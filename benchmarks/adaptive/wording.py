@@ -5,9 +5,9 @@ from __future__ import annotations
 CHOSEN = (
     "The learner's settings are the library's defaults; choices that are made here are made on validation rows, and "
     "where hindsight is a control it is called that. How fine coefficients are is said with each figure: the library's "
-    "default for it (by layer from 40 rows on) came after these pages, by their validation rows; and so did its search for a "
-    "start and its label noise with fewer than four rows a class "
-    "([where the learner begins](adaptive-sentiment.md#where-the-learner-begins)){search}. "
+    "default for it (by layer from 40 rows on) came after these pages, by their validation rows. Its search for a start and its "
+    "label noise with fewer than four rows a class came after them too: the validation rows of emoji and sentiment do not speak "
+    "against them ([where the learner begins](adaptive-sentiment.md#where-the-learner-begins)){search}. "
 )
 SEARCHED = {
     "near_noise": "searched from 0.7 to 1.4 times the weight at which the merge is as long as an adapter, one answer of ten "
@@ -16,7 +16,8 @@ SEARCHED = {
     "this was run",
 }
 NARROWED = {
-    "near_noise": ", which all that is learned here from one or two rows a class has",
+    "near_noise": "; all that gradients learn here from one or two rows a class has both, but for the column from c = 0 and "
+    "where starts are compared",
     "scale": "; what is learned here from one or two rows a class had the wide search, and no noise",
 }
 UNSEEN = "Nothing here was tuned on test rows."
@@ -35,13 +36,19 @@ POSTER = (
 )
 CONTROLS = (
     "Points, with the 95 % t interval over seeds, paired by seed; the test rows are the same for all seeds, so what"
-    ' another draw of them would change is not in the interval. "From c = 0" is the poster\'s start.'
+    ' another draw of them would change is not in the interval. "From c = 0" is the poster\'s start, without label noise '
+    "and on the first draw alone."
 )
 OTHERS = "Final accuracy, %. What uses the buffer's rows without their labels says so."
+BEGUN = {
+    "near_noise": "With one and two rows the learner has the near search and label noise, with more the wide search and none, as "
+    "the library does: lines from 2 to 5 cross that. ",
+    "scale": "",
+}
 BUFFERS = (
     "Final accuracy, %, over the seeds that each has, and differences over those that both have, with 95 % t intervals; "
-    "one draw of the buffer's rows a seed. Fixed W: one weight for all adapters, the one of the grid that all validation rows "
-    "choose.\n\n"
+    "one draw of the buffer's rows a seed. {few}Fixed W: one weight for all adapters, the one of the grid that all validation "
+    "rows choose.\n\n"
     "![buffers, fixed weights, growth](adaptive-{page}.png)"
 )
 PATH = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from toy_stream import ToyWorkshop, stream_of
 
@@ -63,6 +65,18 @@ ALL = {"f", "l", "joint", "sequential"}
 )
 def test_a_change_renames_what_it_changes(tmp_path, fields, which):
     assert changed(planned(tmp_path), planned(tmp_path, **fields)) == which
+
+
+def test_what_is_learned_is_made_anew_where_the_library_s_defaults_have_changed(tmp_path, monkeypatch):
+    from loralloy.weighting import adamerging, learned
+
+    entropy = [*BASE["strategies"], {"kind": "entropy", "name": "e"}, {"kind": "grouped", "name": "g"}]
+    before = planned(tmp_path, strategies=entropy)
+    other = dataclasses.make_dataclass("Other", [("lr", float, 0.2)], bases=(learned.LearnConfig,), frozen=True)
+    monkeypatch.setattr(learned, "LearnConfig", other)
+    assert changed(before, planned(tmp_path, strategies=entropy)) == {"l", "g"}
+    monkeypatch.setattr(adamerging, "CONFIG", dataclasses.replace(adamerging.CONFIG, steps=7))
+    assert changed(before, planned(tmp_path, strategies=entropy)) == {"l", "g", "e"}
 
 
 def test_without_unseen_domains_the_first_experience_is_another(tmp_path):

@@ -103,6 +103,10 @@ def test_with_few_rows_one_answer_of_ten_is_taken_to_be_by_chance(bank):
         objective.strata, objective.choices = [f"d{i % strata}" for i in range(8)], choices
         assert run(objective, bank, steps=0, start=0.8).settings["label_noise"] == noise
         assert run(objective, bank, steps=0, start=0.8, label_noise=0.0).settings["label_noise"] == 0
+    objective.strata, objective.choices = ["d"] * 6 + ["free"] * 2, [4] * 6 + [0] * 2
+    assert run(objective, bank, steps=0, start=0.8).settings["label_noise"] == 0, (
+        "it is the ones with choices that count"
+    )
     objective.strata, objective.choices = [f"d{i}" for i in range(8)], [4] * 8
     ways = ({}, {"label_noise": 0.1}, {"label_noise": 0.0})
     auto, given, plain = (run(objective, bank, **more).history[-1]["loss"] for more in ways)
@@ -115,6 +119,9 @@ def test_noise_without_choices_is_refused(bank):
         objective.choices = choices
         with pytest.raises(LoralloyError, match=r"label_noise is 0\.1, and no example chooses among options"):
             run(objective, bank, label_noise=0.1)
+    objective.choices = [4] * 7
+    with pytest.raises(LoralloyError, match="has 8 examples and 7 choices; give one each, or none"):
+        run(objective, bank)
     for value in (1.0, -0.1, True, "some"):
         with pytest.raises(LoralloyError, match=r"label_noise is .*; give 'auto' or a number from 0, below 1"):
             LearnConfig(label_noise=value)

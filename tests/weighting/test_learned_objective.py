@@ -98,10 +98,23 @@ def test_entropy_needs_no_label(pair):
 
 def test_strata_weigh_alike(pair):
     objective = TextObjective(*pair, [*CLOSED, FREE])
-    assert objective.strata == ["t/bb", "sky/no", "t/a", "t/one", "sky/yes", "t"] and objective.size == 6
+    assert objective.strata == ["t", "sky/no", "t", "t", "sky/yes", "t"] and objective.size == 6
     rows = [1, 1, 1, 4]
     each = objective.losses(rows).detach()
     assert float(objective.loss(rows).detach()) == pytest.approx(float((each[:3].mean() + each[3]) / 2), abs=1e-5)
+
+
+def test_answers_are_classes_where_a_task_s_rows_choose_among_the_same_options(pair):
+    own = [example(n, "q", f"a{n}", (f"a{n}", f"b{n}"), "quiz") for n in range(3)] + [
+        example(3, "q", "x", ("y", "x"), "quiz")
+    ]
+    turned = [example(n, "q", "yes", options, "sky") for n, options in enumerate((("yes", "no"), ("no", "yes")))]
+    two = [example(n, "q", "b", ("a", "b"), "") for n in range(2)] + [
+        example(n, "q", "d", ("c", "d"), "") for n in range(2)
+    ]
+    objective = TextObjective(*pair, [*own, *turned, *two, FREE])
+    assert objective.strata == ["quiz"] * 4 + ["sky/yes"] * 2 + ["/b"] * 2 + ["/d"] * 2 + ["t"]
+    assert objective.choices == [2] * 10 + [0]
 
 
 def test_gradients_go_to_the_coefficients_alone(pair, live):

@@ -125,14 +125,13 @@ def _learn(
     seed: int,
     record: Mapping[str, Any],
 ) -> Adapted:
-    from ..weighting.adamerging import CONFIG, adamerging
-    from ..weighting.learned import LearnConfig, learn
+    from ..weighting.adamerging import adamerging
+    from ..weighting.learned import learn
 
-    fit, config = (adamerging, CONFIG) if kind == "entropy" else (learn, LearnConfig())
-    learned = fit(
+    learned = (adamerging if kind == "entropy" else learn)(
         workshop.model, bank, workshop.objective(rows, kind), rule=merge.rule, space=merge.space,
         form=strategy.form, b_max=strategy.b_max, granularity=strategy.granularity,
-        config=dataclasses.replace(config, **strategy.config(), seed=seed), learnable=held.get(bank, merge),
+        config=dataclasses.replace(strategy.learner(), seed=seed), learnable=held.get(bank, merge),
     )  # fmt: skip
     said = {"history": learned.history, "settings": learned.settings, "start_scale": learned.start_scale}
     return Adapted(learned.weights, bank, {**said, **record})

@@ -15,7 +15,7 @@ from ..errors import LoralloyError
 from .buffer import MemoryBuffer
 from .experience import DomainStream
 from .fields import BufferEntry
-from .strategies import Grouped, Merge, Oracle, Sequential, Strategy, digest
+from .strategies import Gradient, Grouped, Merge, Oracle, Sequential, Strategy, digest
 from .workshop import Workshop
 
 PROTOCOL = 1
@@ -210,6 +210,8 @@ class _Planner:
             "merge": merge and merge.settings, "lead": lead and lead.key,
             "adapters": [job.key for job in adapters], "buffer": buffer and buffer.key,
             "uncut": bool(merge and self.stream.fields.uncut),
+            # the library's defaults may change under what was learned before
+            "learner": asdict(strategy.learner()) if isinstance(strategy, Gradient) else None,
             # HAM's groups depend on who came first, and so does what the merge of one chain is
             "order": list(arrived) if isinstance(strategy, Grouped) else None,
         }  # fmt: skip

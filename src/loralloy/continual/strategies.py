@@ -5,6 +5,7 @@ Strict pydantic models: their fields are what a stream file may set, and all tha
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -21,6 +22,7 @@ from .fields import BufferEntry, Count, Name, Selection, Strict, Text, When
 
 if TYPE_CHECKING:
     from ..merging.rule import Rule, Space
+    from ..weighting.learned import LearnConfig
 
 Start = Literal["scale", "zero"] | float
 Form = Literal["sigmoid", "signed", "softmax"]
@@ -118,8 +120,11 @@ class Uniform(Strategy):
     kind = "uniform"
 
 
-class _Gradient(Strategy):
-    """The options of :class:`loralloy.weighting.learned.LearnConfig` that a stream sets; None is its default."""
+class Gradient(Strategy):
+    """What learns by gradients: the options of :class:`loralloy.weighting.learned.LearnConfig` that a stream sets.
+
+    None is the library's default.
+    """
 
     b_max: Positive = 3.0
     form: Form = "sigmoid"
@@ -140,8 +145,14 @@ class _Gradient(Strategy):
         )  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name, None)) is not None}
 
+    def learner(self) -> LearnConfig:
+        """All that decides how it learns, the library's defaults too; but for the seed."""
+        from ..weighting.learned import LearnConfig
 
-class Learned(_Gradient):
+        return LearnConfig(**self.config())
+
+
+class Learned(Gradient):
     """alpha_i = sigmoid(c_i) b learned on the buffer by gradients."""
 
     kind = "learned"
@@ -150,7 +161,7 @@ class Learned(_Gradient):
     label_noise: LabelNoise | None = None
 
 
-class Entropy(_Gradient):
+class Entropy(Gradient):
     """Entropy minimisation without labels (AdaMerging).
 
     Unset fields are those of :func:`loralloy.weighting.adamerging.adamerging`. unlabelled: training rows of each domain
@@ -163,6 +174,11 @@ class Entropy(_Gradient):
     b_max: Positive = 1.0
     granularity: Granularity = "layer"
     unlabelled: Count | None = None
+
+    def learner(self) -> LearnConfig:
+        from ..weighting.adamerging import CONFIG
+
+        return dataclasses.replace(CONFIG, **self.config())
 
 
 class Search(Strategy):
@@ -185,7 +201,7 @@ class RegMean(Strategy):
     unlabelled: Count | None = None
 
 
-class Grouped(_Gradient):
+class Grouped(Gradient):
     """At most `groups` group adapters: a new adapter joins the group most like it, or opens one; coefficients of the groups
     are learned on the buffer (see :mod:`.grouping`: our reading of HAM, not its code)."""
 

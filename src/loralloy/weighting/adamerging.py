@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..live.learnable import Learnable
 
 B_MAX, GRANULARITY = 1.0, "layer"
-CONFIG = LearnConfig(lr=0.08, start=0.3, regularisation=0.0, hold_out=0.0)
+CONFIG = LearnConfig(lr=0.08, start=0.3, regularisation=0.0, hold_out=0.0, label_noise=0.0)
 
 
 def adamerging(

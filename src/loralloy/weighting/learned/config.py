@@ -29,14 +29,15 @@ class LearnConfig:
             quarter where every stratum has at least 4, else none.
         patience: steps without a better held-out loss after which a run ends (only with a hold-out).
         start: "scale" (ours): the best uniform scale by a line search on the buffer; "zero": the poster's alpha_0; or a scale.
+            The poster's loss is that of `label_noise` 0.
         scales: what the line search tries, as far as they lie within the form's range: "near" (0.7 to 1.4) or "wide" (0.4 to 1.8
             times the scale at which the merge is as long as the adapters are,
             :meth:`loralloy.live.learnable.Learnable.matching_scale`), or scales. "auto" is wide where every stratum has at least
             4 samples, else near: of few rows, one that no scale answers right can take the start far off.
         label_noise: epsilon of a likelihood under which an answer is drawn at random from the example's n choices with that
             probability: -log((1 - epsilon) p + epsilon / n) instead of -log p, so that one example that no weights answer right
-            is not all that is learned from. Answers without choices keep -log p. "auto" is 0.1 where a stratum has fewer than 4
-            samples, else 0.
+            is not all that is learned from. Answers without choices keep -log p. "auto" is 0.1 where a stratum of samples with
+            choices has fewer than 4 of them, else 0.
         rows_at_once: rows of one forward, which bounds memory; the gradient is that of all of them.
         replay: on a GPU, record a step and replay it where the objective allows it, which saves launching its kernels one by
             one; as much memory as a step takes is held for as long as the run lasts.

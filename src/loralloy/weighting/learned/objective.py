@@ -30,7 +30,8 @@ class Objective(Protocol):
 
     An objective may have `losses(rows, step) -> [len(rows)]`, the loss of each; then a run works through many rows in parts,
     and where it has `lengths`, a number an example, in parts of about one length: a part is padded to its longest.
-    With `choices`, among how many answers each example chooses (0: its answer is free text), `LearnConfig.label_noise` applies.
+    With `choices`, among how many answers each example chooses (0: its answer is free text), `losses` must be -log p of the right
+    one, and `LearnConfig.label_noise` applies to them: by itself where a stratum has few.
     And `feed(rows, step)`, called before each: it says that the work never waits for the device and takes what changes from
     step to step from tensors that `feed` fills, so that a step may be recorded (see :mod:`.replay`). It returns all tensors
     that the loss of these rows reads, for a recording to keep.
@@ -57,6 +58,15 @@ def shares(strata: Sequence[str], rows: Sequence[int]) -> list[float]:
     """How much of the loss each row is: strata weigh alike, and so do the rows of one; they sum to 1."""
     sizes = Counter(strata[i] for i in rows)
     return [1.0 / (len(sizes) * sizes[strata[i]]) for i in rows]
+
+
+def _strata(examples: Sequence[Example]) -> list[str]:
+    """Task and answer; the task alone for free text and where most examples have options of their own: no answer is a class."""
+    sets: dict[str, list[frozenset[str]]] = {}
+    for e in examples:
+        sets.setdefault(e.task, []).extend([frozenset(e.options)] if e.options else [])
+    classes = {task for task, some in sets.items() if 2 * len(set(some)) <= len(some)}
+    return [f"{e.task}/{e.answer}" if e.options and e.task in classes else e.task for e in examples]
 
 
 @contextlib.contextmanager
@@ -138,7 +148,7 @@ class TextObjective:
             raise LoralloyError("there are no examples to learn from; give at least one")
         self.model, self.kind, self.normalise = model, kind, normalise
         self.size, self.examples = len(examples), list(examples)
-        self.strata = [e.task if kind == "entropy" or not e.options else f"{e.task}/{e.answer}" for e in examples]
+        self.strata = [e.task for e in examples] if kind == "entropy" else _strata(examples)
         self.choices = [0 if kind == "entropy" else len(e.options) for e in examples]
         self._pad = pad_id(tokenizer)
         self._batches: dict[tuple[int, ...], _Batch] = {}

@@ -14,8 +14,8 @@ class Learned:
 
     Attributes:
         weights: the coefficients, source "learned"; `explain` holds the settings.
-        history: one entry a step, the start first: step, loss (nats, on the buffer), held_out (None without), alpha (mean of
-            each adapter over the modules that it has).
+        history: one entry a step, the start first: step, loss (nats, on the buffer, under the label noise), held_out (the same;
+            None without), alpha (mean of each adapter over the modules that it has).
         settings: everything that decides the result.
         seconds: wall time, with that of making the terms.
         start_scale: the uniform scale that it started from.

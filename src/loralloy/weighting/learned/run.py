@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -58,10 +59,16 @@ class Run:
         self._shares: dict[_Part, Tensor] = {}
         self._floors: dict[_Part, Tensor] = {}
         self.choices: Sequence[int] = getattr(objective, "choices", ())
-        choose = any(self.choices) and hasattr(objective, "losses")
+        if len(self.choices) not in (0, objective.size):
+            raise LoralloyError(
+                f"the objective has {objective.size} examples and {len(self.choices)} choices; give one each, or none"
+            )
+        choosing = (
+            Counter(s for s, n in zip(strata, self.choices, strict=False) if n) if hasattr(objective, "losses") else {}
+        )
         noise = config.label_noise
-        self.noise = (NOISE if choose and not enough else 0.0) if noise == "auto" else noise
-        if self.noise and not choose:
+        self.noise = (NOISE if min(choosing.values(), default=ENOUGH) < ENOUGH else 0.0) if noise == "auto" else noise
+        if self.noise and not choosing:
             raise LoralloyError(
                 f"label_noise is {self.noise:g}, and no example chooses among options (the objective's `choices`); "
                 "give examples with options, or 0"
