@@ -77,6 +77,10 @@ def test_what_is_learned_is_made_anew_where_the_library_s_defaults_have_changed(
     assert changed(before, planned(tmp_path, strategies=entropy)) == {"l", "g"}
     monkeypatch.setattr(adamerging, "CONFIG", dataclasses.replace(adamerging.CONFIG, steps=7))
     assert changed(before, planned(tmp_path, strategies=entropy)) == {"l", "g", "e"}
+    monkeypatch.undo()
+    assert changed(before, planned(tmp_path, strategies=entropy)) == set()
+    monkeypatch.setattr(learned.config, "NOISE", 0.2)  # what "auto" is
+    assert changed(before, planned(tmp_path, strategies=entropy)) == {"l", "g", "e"}
 
 
 def test_without_unseen_domains_the_first_experience_is_another(tmp_path):

@@ -211,7 +211,7 @@ class _Planner:
             "adapters": [job.key for job in adapters], "buffer": buffer and buffer.key,
             "uncut": bool(merge and self.stream.fields.uncut),
             # the library's defaults may change under what was learned before
-            "learner": asdict(strategy.learner()) if isinstance(strategy, Gradient) else None,
+            "learner": strategy.defaults() if isinstance(strategy, Gradient) else None,
             # HAM's groups depend on who came first, and so does what the merge of one chain is
             "order": list(arrived) if isinstance(strategy, Grouped) else None,
         }  # fmt: skip

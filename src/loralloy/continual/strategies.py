@@ -151,6 +151,14 @@ class Gradient(Strategy):
 
         return LearnConfig(**self.config())
 
+    def defaults(self) -> dict[str, Any]:
+        """What decides its result beside its own settings: the library's, and what stands for "auto" there."""
+        from ..weighting.learned import config
+        from ..weighting.learned.coefficients import NEAR, WIDE
+
+        auto = [config.ENOUGH, config.FINE, config.NOISE, NEAR, WIDE]
+        return dataclasses.asdict(self.learner()) | {"auto": auto}
+
 
 class Learned(Gradient):
     """alpha_i = sigmoid(c_i) b learned on the buffer by gradients."""
