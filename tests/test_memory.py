@@ -24,8 +24,11 @@ def step():
     return [torch.ones(25 << 20).sum().item() for _ in range(2)]
 step()
 with reused(torch.device(sys.argv[1])) as kept:
-    for _ in range(4):  # until the heap has room for what a step takes
+    for _ in range(40):  # until the heap has room for what a step takes: 1 to 6 steps, by where small buffers lie
+        before = faults()
         step()
+        if faults() - before < 1000:
+            break
     before = faults()
     for _ in range(6):
         step()
@@ -47,8 +50,10 @@ def test_steps_use_freed_memory_again_and_give_it_back_at_the_end():
     kept, faults, given_back = steps("cpu")
     assert kept == 1 and faults < 1000, "100 MiB of fresh pages are 25,600 faults"
     assert given_back >= 90
-    kept, faults, given_back = steps("meta")
-    assert kept == 0 and given_back < 10
+    kept, usual, given_back = steps("meta")
+    assert kept == 0 and given_back < 10 and usual > 10 * faults, (
+        "what it is for; with huge pages 600 faults, else 307,200"
+    )
 
 
 def test_an_inner_block_leaves_the_outer_one_as_it_is(monkeypatch):
