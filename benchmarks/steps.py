@@ -113,7 +113,9 @@ def main() -> int:
     text = page(runs)
     print(text)
     if options.write:
-        (options.write / "steps.md").write_text(text, encoding="utf-8")
+        from loralloy.atomic import atomic_file
+
+        atomic_file(options.write / "steps.md", text)
     return 0
 
 

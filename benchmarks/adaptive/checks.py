@@ -122,19 +122,29 @@ def starts(b: Bench) -> list[str]:
         said = f"{start}: {OF_START[start]}" if other == "scale" else start
         rows.append([said, other, f"{runs}, {draws} draw{'s' * (draws > 1)}", *means,
                      interval(difference(of(start), of(other))), *lowest, *apart])  # fmt: skip
-    heads = [
-        "start",
-        "against",
-        "runs",
-        "that",
-        "this",
-        "this - that",
-        "lowest run, that",
-        "this",
-        "draws apart, that",
-        "this",
-    ]
-    return [f"scale: {OF_START['scale']}.", "", *table(heads, rows)] if rows else []
+    heads = ["start", "against", "runs", "that", "this", "this - that", "lowest run, that", "lowest run, this",
+             "draws apart, that", "draws apart, this"]  # fmt: skip
+    more = _today(b)
+    return [f"scale: {OF_START['scale']}.", "", *table(heads, rows), *more] if rows else []
+
+
+def _today(b: Bench) -> list[str]:
+    """What the library does below ENOUGH rows a class against "scale", where it is not one row and one coefficient an adapter."""
+    rows = []
+    for k, grain in ((1, "layer"), (2, "adapter"), (2, "layer")):
+        by: dict[int, list[float]] = {}
+        for rule, space in CHOSEN:
+            shared = b.settings(b_max=3.0, per_class=k, grain=grain, rule=rule, space=space, domains=b.names)
+            new, old = (b.cells.by_seed(validation, **{**shared, "start": s}) for s in (NOISY, "scale"))
+            for seed in new.keys() & old.keys():
+                by.setdefault(seed, []).append(new[seed] - old[seed])
+        if by:
+            gap = Mean.of([sum(some) / len(some) for some in by.values()])
+            rows.append([f"by {grain}", str(k), interval(gap), str(gap.n)])
+    said = f"{NOISY} against scale elsewhere, b_max = 3, one draw, {' and '.join(title(*merge) for merge in CHOSEN)} averaged:"
+    return (
+        [said, "", *table(["coefficients", "rows a class", "validation, this - that", "seeds"], rows)] if rows else []
+    )
 
 
 def beside(b: Bench, start: str, ours: str, other: str) -> list[str]:

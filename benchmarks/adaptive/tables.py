@@ -225,6 +225,14 @@ def buffers(b: Bench) -> list[str]:
                 for k in SIZES
             ]
             rows.append([f"{grain} - adapter", *map(interval, gaps)])
+        for grain in GRAINS[1:]:
+            of = {"rule": rule, "space": space, "b_max": 3.0, "domains": b.names}
+            rows.append([f"{grain} - adapter, validation rows", *(
+                interval(difference(*(
+                    b.cells.by_seed(validation, **b.settings(per_class=k, grain=g, **of)) for g in (grain, "adapter")
+                )))
+                for k in SIZES
+            )])  # fmt: skip
         weight = b.best_fixed(rule, space, by=validation)
         if weight is not None:
             fixed = b.fixed(rule, space, weight)

@@ -72,7 +72,9 @@ def test_the_tables_begin_as_the_library_does_where_a_page_has_those_cells(harne
         for start, score in (("scale", 0.5), (harness.cells.NOISY, 0.7), ("near", 0.9)):
             rows += [row(score + 0.1 * draw, seed, **few | {"start": start, "draw": draw}) for draw in (0, 1)]
             if start != "near":
-                rows += [row(score - 0.01, seed, validation=0.6, **of | {"start": start}) for of in (layer, fresh)]
+                checked = 0.6 if start == "scale" else 0.62 + 0.01 * seed
+                rows += [row(score - 0.01, seed, validation=checked, **of | {"start": start}) for of in (layer, fresh)]
+                rows.append(row(score, seed, validation=0.55, **few | {"per_class": 2, "start": start}))
         rows += [row(0.3, seed, **zero), row(0.4, seed, **few | {"per_class": 20})]
         rows.append(row(0.6, seed, how="fixed", rule="ties", space="delta", weight=1.0, head="random"))
     bench = harness.tables.Bench(harness.results.Cells("emoji4", rows), NAMES, (NAMES,))
@@ -87,6 +89,10 @@ def test_the_tables_begin_as_the_library_does_where_a_page_has_those_cells(harne
     controls = text.split("## Learned against its controls")[1].split("## ")[0]
     assert "| +15.0 [+15.0, +15.0] | -30.0 [-30.0, -30.0] |" in controls
     assert "| 75.0 ± 0.0 | 69.0 ± 0.0 | -6.0 [-6.0, -6.0] |" in text.split("## Rows that no adapter")[1]
+    starts = text.split("## Where the learner begins")[1].split("## ")[0]
+    assert "| by adapter | 2 | +0.0 [+0.0, +0.0] | 3 |" in starts
+    assert "| by layer | 2 | +3.0 [+0.5, +5.5] | 3 |" in starts and "| by layer | 1 |" not in starts
+    assert "| layer - adapter, validation rows |  | +8.0 [+5.5, +10.5] |  |  |" in text.split("## Buffer size")[1]
     for i, one in enumerate(rows):
         if one["cell"].get("how") == "fresh" and one["cell"]["start"] == harness.cells.NOISY:
             lacking = harness.results.Cells("emoji4", rows[:i] + rows[i + 1 :])
